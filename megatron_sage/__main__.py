@@ -1,0 +1,118 @@
+"""Command line: `megatron-sage COMMAND ...`, also `python -m megatron_sage`, alone or under torchrun.
+
+Bad input ends in one line and exit status 2; anything else keeps its traceback, for it is a fault of the program.
+Every command is imported only when it runs: importing torch takes seconds, `--help` should not.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+from megatron_sage import __version__
+from megatron_sage.errors import UserError
+
+# command: (module whose main(argv) runs it, what it does)
+COMMANDS = {
+    "train": ("", "improve a model by SAGE-GRPO: train [CONFIG] key=value ..."),
+    "sample": ("megatron_sage.rollout.generate", "make videos from prompts"),
+    "convert": ("megatron_sage.checkpoint.convert", "convert checkpoints between Hugging Face, official and Megatron"),
+    "verify": ("megatron_sage.verify", "compare the model with diffusers' on the same weights and inputs"),
+    "report": ("megatron_sage.reporting.report", "write a run's report.html"),
+    "doctor": ("megatron_sage.doctor", "say what this machine has and what will be used"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line, as every other error of a user."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 2 for bad input, after one line on stderr."""
+    try:
+        command, arguments = _parse(sys.argv[1:] if argv is None else argv)
+        if command == "train":
+            return _train(arguments)
+        return int(importlib.import_module(COMMANDS[command][0]).main(arguments))
+    except UserError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parse(argv: list[str]) -> tuple[str, list[str]]:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    parser = _Parser(
+        prog="megatron-sage",
+        description="SAGE-GRPO alignment of HunyuanVideo-1.5 on Megatron-core.",
+        epilog=f"commands:\n{listing}\n\n`megatron-sage COMMAND --help` explains one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-sage {__version__}")
+    parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="the command's own arguments")
+    options = parser.parse_args(argv)
+    if options.command not in COMMANDS:
+        from megatron_sage.config.loading import nearest
+
+        match = nearest(options.command, list(COMMANDS))
+        cure = f"did you mean {match}? " if match else ""
+        raise UserError(f"{options.command}: unknown command; {cure}choose from {', '.join(COMMANDS)}")
+    return options.command, options.arguments
+
+
+def _train(argv: list[str]) -> int:
+    from megatron_sage.config import dump, load_config, validate
+
+    parser = _Parser(
+        prog="megatron-sage train",
+        description="Improve a model by SAGE-GRPO. Alone, or: torchrun --nproc-per-node N -m megatron_sage train ...",
+        epilog="Example: megatron-sage train examples/quickstart/config.yaml training.iterations=3 reward.weights.TA=2",
+    )
+    parser.add_argument("settings", metavar="CONFIG key=value", nargs="*", help="YAML file, then dotted overrides")
+    parser.add_argument(
+        "--print-config", action="store_true", help="check and print the whole configuration, then stop"
+    )
+    options = parser.parse_intermixed_args(argv)
+    paths = [text for text in options.settings if "=" not in text]
+    if len(paths) > 1:
+        raise UserError(f"{paths[1]}: one configuration file at most ({paths[0]} is one); overrides are key=value")
+    config = load_config(paths[0] if paths else None, [text for text in options.settings if "=" in text])
+    validate(config, _environment_number("WORLD_SIZE", 1))
+    if options.print_config:
+        if _environment_number("RANK", 0) == 0:
+            print(dump(config), end="")
+        return 0
+    from megatron_sage.training.run import train
+
+    return train(config)
+
+
+def _environment_number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise UserError(f"{name}={text}: this environment variable is set by torchrun and must be a number; unset it")
+    return int(text)
+
+
+def _report(error: UserError) -> int:
+    """Prints the line. Under torchrun, only where no other process prints the same."""
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    # Before the process groups exist every rank fails alike, so the first of each machine speaks for it (a file may
+    # be missing on one machine only). Afterwards an error may be one rank's own: it must not be lost.
+    distributed = sys.modules.get("torch.distributed")
+    started = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if local_rank == "0" or started:
+        prefix = "error" if rank == "0" else f"error (rank {rank})"
+        print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The settings of a run: one tree of dataclasses, one field per setting.
+
+Where a default comes from is said beside it: "paper" is SAGE-GRPO (arXiv 2603.21872), "model" is HunyuanVideo-1.5,
+"PyTorch" its AdamW, "ours" a choice of this project.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+SdeType = Literal["sage_grpo", "dance_grpo", "flow_grpo", "cps"]
+
+
+@dataclass
+class ModelConfig:
+    """Where the policy comes from."""
+
+    pretrained: str = ""  # directory in the diffusers layout: transformer/config.json, vae/, text_encoder/
+    weights: str | None = None  # Megatron checkpoint directory (`convert hf-to-megatron`)
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread; Megatron's own names (`tensor_model_parallel_size`, ...) are accepted too."""
+
+    tensor: int = 1  # ranks that share each layer (TP)
+    sequence: bool = True  # Megatron sequence parallelism; has no effect where tensor = 1
+    context: int = 1  # ranks that share the tokens (CP); only 1 in this version
+    pipeline: int = 1  # pipeline stages (PP); only 1 in this version
+    data: int | None = None  # model replicas (DP); None: as many as the world size gives
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats, memory against recomputation, CPU threads."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"  # weights and activations of a forward; the optimizer keeps fp32 (paper)
+    recompute: Literal["none", "selective", "full"] = "none"  # activation recomputation in the backward
+    threads: int | None = None  # CPU threads of each process; None: PyTorch's or OMP_NUM_THREADS' choice
+
+
+@dataclass
+class VideoConfig:
+    """What is generated. The VAE compresses 4x in time (first frame apart) and 16x in height and width."""
+
+    frames: int = 81  # 4n + 1 (paper)
+    height: int = 480  # pixels, a multiple of 16 (paper: 480p)
+    width: int = 848  # pixels, a multiple of 16 (paper: 480p)
+    fps: float = 24.0  # frames a second, of the written files and for the reward (model)
+
+
+@dataclass
+class SamplerConfig:
+    """The rollout's sampler."""
+
+    sde_type: SdeType = "sage_grpo"  # transition rule of a stochastic step (paper)
+    num_steps: int = 20  # denoising steps of a rollout (paper)
+    shift: float = 5.0  # timestep shift of the schedule (model: 5 for 480p)
+    eta: float = 0.5  # scale of the injected noise (paper)
+    guidance_scale: float = 6.0  # classifier-free guidance; 1 runs the conditional branch alone (model)
+    micro_batch: int = 1  # samples of one group in one forward, in the rollout and in training alike (ours)
+
+
+@dataclass
+class GrpoConfig:
+    """Group-relative policy optimisation."""
+
+    group_size: int = 4  # samples of one prompt (paper)
+    prompts_per_iteration: int = 1  # prompts of an iteration over all model replicas (ours)
+    updates_per_rollout: int = 1  # optimizer steps into which a rollout's (sample, step) pairs are split (paper)
+    clip_range: float = 1e-4  # of the ratio; so small because log-probabilities are means over elements (paper)
+    advantage_clip: float = 5.0  # advantages are clamped to +- this (paper's implementation)
+    equalizer: bool = True  # temporal gradient equalizer (paper)
+    timestep_permutation: bool = True  # visit the pairs in random order, the same on every rank (paper)
+
+
+@dataclass
+class KlConfig:
+    """Trust region: weights of the dual KL and the controller of its common factor lambda."""
+
+    strategy: Literal["none", "dual"] = "dual"  # dual: moving anchor plus last rollout's policy (paper)
+    position_weight: float = 1.0  # weight of the KL to the moving anchor (paper)
+    velocity_weight: float = 0.1  # weight of the KL to the policy that made the rollout (paper)
+    anchor_interval: int = 10  # optimizer steps between two refreshes of the anchor (paper)
+    step_kl: Literal["logprob", "closed_form"] = "logprob"  # estimator of the velocity KL (paper: eq. 15)
+    schedule: Literal["fixed", "two_stage"] = (
+        "two_stage"  # lambda: constant lambda_max, or warm-up then feedback (paper)
+    )
+    lambda_min: float = 1e-7  # lower bound of lambda, start of the warm-up (paper)
+    lambda_max: float = 1e-5  # upper bound of lambda, end of the warm-up (paper)
+    warmup_steps: int = 20  # optimizer steps from lambda_min to lambda_max (ours)
+    window: int = 10  # number of last KL values whose mean is fed back (ours)
+    target: float = 1e-4  # KL, per latent element, that the feedback aims at (ours: the order of the clip range)
+    gain: float = 0.1  # proportional gain k_p of the feedback (ours)
+    feedback: Literal["relax", "tighten"] = "relax"  # a KL above target lowers lambda (paper: A.6), or raises it (PPO)
+
+
+@dataclass
+class RewardConfig:
+    """What is maximised."""
+
+    function: str = "megatron_sage.rewards.shapes:ShapesReward"  # import path "module:name" (ours)
+    weights: dict[str, float] = field(default_factory=lambda: {"VQ": 0.5, "MQ": 0.5, "TA": 1.0})  # paper: setting B
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW through Megatron's optimizer."""
+
+    lr: float = 1e-5  # constant learning rate (paper)
+    weight_decay: float = 0.01  # decoupled (paper)
+    beta1: float = 0.9  # decay of the first moment (PyTorch)
+    beta2: float = 0.999  # decay of the second moment (PyTorch)
+    eps: float = 1e-8  # added to the root of the second moment (PyTorch)
+    grad_clip: float = 1.0  # global gradient norm; 0 switches clipping off (paper)
+
+
+@dataclass
+class DataConfig:
+    """Prompts and what is kept of their encoding."""
+
+    prompts: str = ""  # text file, one prompt a line
+    embedding_cache: str | None = None  # directory of encoded prompts; None: inside the run's directory
+
+
+@dataclass
+class TrainingConfig:
+    """Length of the run and its checkpoints."""
+
+    iterations: int = 100  # rollouts followed by updates (ours)
+    save_interval: int = 0  # iterations between two checkpoints; 0: only at the end
+    resume: bool = False  # go on from the newest checkpoint in output_dir
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out samples before and after, made from the same noise."""
+
+    prompts: str | None = None  # text file, one held-out prompt a line; None: no evaluation
+    samples_per_prompt: int = 1  # videos of each prompt
+    num_steps: int = 40  # denoising steps (paper: 40 in validation)
+    videos: int = 8  # how many of them are kept and shown in the report
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    name: str = "run"  # names the run; stands for {name} in output_dir
+    output_dir: str = "runs/{name}"  # everything that the run writes goes here
+    seed: int = 0  # of noise, prompt order and permutations
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    kl: KlConfig = field(default_factory=KlConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+# Megatron's command-line names for the same quantities, so that habits and existing launch scripts carry over.
+ALIASES = {
+    "parallel.tensor_model_parallel_size": "parallel.tensor",
+    "parallel.sequence_parallel": "parallel.sequence",
+    "parallel.context_parallel_size": "parallel.context",
+    "parallel.pipeline_model_parallel_size": "parallel.pipeline",
+    "parallel.data_parallel_size": "parallel.data",
+}
+
+# Values that a reader of the paper may try: why they are refused, said before the list of what there is.
+UNAVAILABLE = {
+    ("sampler.sde_type", "ode"): "draws no noise, so there is no log-probability to train on",
+    ("kl.strategy", "fixed"): "is not in this version",
+    ("kl.strategy", "step"): "is not in this version",
+    ("kl.strategy", "moving"): "is not in this version",
+    ("kl.schedule", "milder"): "is not in this version",
+    ("precision.dtype", "fp8"): "is not in this version",
+}

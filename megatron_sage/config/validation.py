@@ -1,0 +1,245 @@
+"""The rules that a configuration must keep, all checked before the first collective.
+
+A rule that fails on one rank alone after the process groups exist leaves the other ranks waiting for ever; every
+check here reads only the configuration, the world size and files, so all ranks stop at the same line.
+"""
+
+import dataclasses
+import importlib
+import json
+import operator
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_sage.config.loading import bind, nearest
+from megatron_sage.config.schema import Config
+from megatron_sage.errors import UserError
+
+ARCHITECTURE = "HunyuanVideo15Transformer3DModel"
+
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
+# key, comparison, bound, cure
+_BOUNDS: list[tuple[str, str, float, str]] = [
+    ("seed", ">=", 0, "use a non-negative number"),
+    ("seed", "<", 2**63, "use a number of at most 63 bits"),
+    ("parallel.tensor", ">=", 1, "1 keeps each layer whole"),
+    ("precision.threads", ">=", 1, "null leaves the choice to PyTorch"),
+    ("video.frames", ">=", 1, "81 is the usual length"),
+    ("video.height", ">=", 16, "one latent row is 16 pixels"),
+    ("video.width", ">=", 16, "one latent column is 16 pixels"),
+    ("video.fps", ">", 0, "24 is the model's rate"),
+    ("sampler.num_steps", ">=", 1, "20 is the usual number"),
+    ("sampler.shift", ">", 0, "1 is an unshifted schedule, 5 the 480p default"),
+    ("sampler.eta", ">", 0, "without noise there is no exploration and no log-probability to train on"),
+    ("sampler.guidance_scale", ">=", 1, "1 switches guidance off"),
+    ("sampler.micro_batch", ">=", 1, "1 needs the least memory"),
+    ("grpo.group_size", ">=", 2, "an advantage compares samples of one prompt"),
+    ("grpo.prompts_per_iteration", ">=", 1, "one prompt is the least"),
+    ("grpo.updates_per_rollout", ">=", 1, "1 is fully on-policy"),
+    ("grpo.clip_range", ">", 0, "1e-4 is the usual range"),
+    ("grpo.advantage_clip", ">", 0, "5 is the usual bound"),
+    ("kl.position_weight", ">=", 0, "0 switches the term off"),
+    ("kl.velocity_weight", ">=", 0, "0 switches the term off"),
+    ("kl.anchor_interval", ">=", 1, "10 is the usual interval"),
+    ("kl.lambda_min", ">=", 0, "1e-7 is the usual bound"),
+    ("kl.warmup_steps", ">=", 1, "1 starts the feedback at once"),
+    ("kl.window", ">=", 1, "1 looks at the last value alone"),
+    ("kl.target", ">", 0, "the feedback divides by it"),
+    ("kl.gain", ">=", 0, "0 switches the feedback off"),
+    ("optimizer.lr", ">=", 0, "1e-5 is the usual rate"),
+    ("optimizer.weight_decay", ">=", 0, "0 switches it off"),
+    ("optimizer.beta1", ">=", 0, "0.9 is the usual value"),
+    ("optimizer.beta1", "<", 1, "0.9 is the usual value"),
+    ("optimizer.beta2", ">=", 0, "0.999 is the usual value"),
+    ("optimizer.beta2", "<", 1, "0.999 is the usual value"),
+    ("optimizer.eps", ">", 0, "1e-8 is the usual value"),
+    ("optimizer.grad_clip", ">=", 0, "0 switches clipping off"),
+    ("training.iterations", ">=", 1, "one iteration is the least"),
+    ("training.save_interval", ">=", 0, "0 saves only at the end"),
+    ("evaluation.samples_per_prompt", ">=", 1, "evaluation.prompts=null switches evaluation off"),
+    ("evaluation.num_steps", ">=", 1, "40 is the usual number"),
+    ("evaluation.videos", ">=", 0, "0 shows none"),
+]
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Raises UserError, one line, at the first rule that `config` breaks on `world_size` processes."""
+    # Types again: a Config built in Python has not passed through load_config.
+    bind(Config, dataclasses.asdict(config), "", {})
+    for key, comparison, bound, cure in _BOUNDS:
+        value = _get(config, key)
+        if value is not None and not _COMPARE[comparison](value, bound):
+            _refuse(key, value, f"must be {comparison} {bound}; {cure}")
+    _check_names(config)
+    _check_layout(config, world_size)
+    _check_video(config)
+    _check_method(config)
+    _check_reward(config)
+    _check_files(config)
+    _check_updates(config, world_size)
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Model replicas: what `world_size` leaves after tensor, context and pipeline parallelism."""
+    parallel = config.parallel
+    return world_size // (parallel.tensor * parallel.context * parallel.pipeline)
+
+
+def _get(config: Config, key: str) -> Any:
+    return operator.attrgetter(key)(config)
+
+
+def _refuse(key: str, value: Any, rule: str) -> None:
+    raise UserError(f"{key}={'null' if value is None else value}: {rule}")
+
+
+def _check_names(config: Config) -> None:
+    if not re.fullmatch(r"\w[\w.+-]*", config.name):
+        _refuse("name", config.name, "must be letters, digits, '.', '_', '+' or '-', for it names a directory")
+    if not config.output_dir.strip():
+        _refuse("output_dir", config.output_dir, "must name a directory, e.g. runs/{name}")
+    if Path(config.output_dir).is_file():
+        _refuse("output_dir", config.output_dir, "is a file; name a directory")
+
+
+def _check_layout(config: Config, world_size: int) -> None:
+    parallel = config.parallel
+    for key, word in (("context", "context"), ("pipeline", "pipeline")):
+        value = getattr(parallel, key)
+        if value != 1:
+            _refuse(f"parallel.{key}", value, f"{word} parallelism is not in this version; set parallel.{key}=1")
+    if parallel.data is not None and parallel.data < 1:
+        _refuse("parallel.data", parallel.data, "must be >= 1; null takes what the world size gives")
+    model = parallel.tensor * parallel.context * parallel.pipeline
+    replicas = parallel.data or max(1, world_size // model)
+    if world_size != model * replicas:
+        product = f"{parallel.tensor}·{parallel.context}·{parallel.pipeline}·{replicas} = {model * replicas}"
+        raise UserError(
+            f"world size {world_size} ≠ TP·CP·PP·DP = {product}: start {model * replicas} processes "
+            f"(torchrun --nproc-per-node {model * replicas}) or change parallel.tensor or parallel.data"
+        )
+    if config.grpo.prompts_per_iteration % replicas:
+        rule = f"must be a multiple of the data-parallel size {replicas}; each replica takes whole prompts"
+        _refuse("grpo.prompts_per_iteration", config.grpo.prompts_per_iteration, rule)
+    if config.grpo.group_size % config.sampler.micro_batch:
+        rule = f"must divide grpo.group_size={config.grpo.group_size}, so that a group is whole micro-batches"
+        _refuse("sampler.micro_batch", config.sampler.micro_batch, rule)
+
+
+def _check_video(config: Config) -> None:
+    frames = config.video.frames
+    if frames % 4 != 1:
+        below = frames - (frames - 1) % 4
+        rule = f"must be 4n+1 (the VAE makes one latent of 4 frames after the first); try {below} or {below + 4}"
+        _refuse("video.frames", frames, rule)
+    for key in ("height", "width"):
+        size = getattr(config.video, key)
+        if size % 16:
+            below = size // 16 * 16
+            rule = f"must be a multiple of 16 (the VAE's compression); try {below} or {below + 16}"
+            _refuse(f"video.{key}", size, rule)
+
+
+def _check_method(config: Config) -> None:
+    kl = config.kl
+    if kl.lambda_min > kl.lambda_max:
+        _refuse("kl.lambda_min", kl.lambda_min, f"must not be above kl.lambda_max={kl.lambda_max}")
+    if config.sampler.sde_type == "cps" and config.sampler.eta > 1:
+        # std = σ'·sin(ηπ/2) turns back beyond η = 1: more noise asked for, less given.
+        _refuse("sampler.eta", config.sampler.eta, "must be <= 1 for cps, whose noise is σ·sin(ηπ/2)")
+
+
+def _check_reward(config: Config) -> None:
+    function, weights = config.reward.function, config.reward.weights
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", function):
+        _refuse("reward.function", function, 'must be "module:name", e.g. megatron_sage.rewards.shapes:ShapesReward')
+    if not any(weights.values()):
+        _refuse("reward.weights", weights, "must give at least one dimension a weight other than 0")
+    module_name, _, name = function.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        _refuse("reward.function", function, f"cannot be imported: {error}; is it installed or on PYTHONPATH?")
+    if not hasattr(module, name):
+        match = nearest(name, [n for n in vars(module) if not n.startswith("_")])
+        cure = f"did you mean {match}?" if match else "check the name"
+        _refuse("reward.function", function, f"module {module_name} has no {name}; {cure}")
+    dimensions = getattr(getattr(module, name), "dimensions", ())
+    if isinstance(dimensions, (tuple, list)) and dimensions:
+        for given in weights:
+            if given not in dimensions:
+                match = nearest(given, list(dimensions))
+                cure = f"did you mean {match}? " if match else ""
+                rule = f"the reward has no such dimension; {cure}choose from {', '.join(dimensions)}"
+                _refuse(f"reward.weights.{given}", weights[given], rule)
+
+
+def _check_files(config: Config) -> None:
+    root = config.model.pretrained
+    if not root:
+        _refuse("model.pretrained", "", "must name a model directory in the diffusers layout")
+    transformer = Path(root) / "transformer" / "config.json"
+    if not transformer.is_file():
+        _refuse("model.pretrained", root, f"has no transformer/config.json ({transformer}); name the model's root")
+    if not (Path(root) / "vae" / "config.json").is_file():
+        _refuse("model.pretrained", root, "has no vae/config.json; name the model's root, not its transformer")
+    _check_architecture(config, transformer)
+    weights = config.model.weights
+    if weights is not None and not Path(weights).is_dir():
+        _refuse("model.weights", weights, "no such directory; make it with `megatron-sage convert hf-to-megatron`")
+    _check_prompts("data.prompts", config.data.prompts)
+    if config.evaluation.prompts is not None:
+        _check_prompts("evaluation.prompts", config.evaluation.prompts)
+    cache = config.data.embedding_cache
+    if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
+        _refuse("data.embedding_cache", cache, "is a file; name a directory")
+
+
+def _check_architecture(config: Config, path: Path) -> None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}; fetch it again") from error
+    name = content.get("_class_name") if isinstance(content, dict) else None
+    if name != ARCHITECTURE:
+        raise UserError(f"{path}: _class_name={name}: this program trains {ARCHITECTURE} only")
+    heads = content.get("num_attention_heads")
+    if not isinstance(heads, int) or heads < 1:
+        raise UserError(f"{path}: num_attention_heads={heads}: expects a whole number >= 1")
+    if heads % config.parallel.tensor:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        rule = f"must divide the model's {heads} attention heads; choose from {fitting}"
+        _refuse("parallel.tensor", config.parallel.tensor, rule)
+
+
+def _check_prompts(key: str, path: str) -> None:
+    if not path:
+        _refuse(key, "", "must name a text file, one prompt a line")
+    if not Path(path).is_file():
+        _refuse(key, path, "no such file; it is a text file, one prompt a line")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}={path}: not readable as UTF-8 text: {error}") from error
+    if not text.strip():
+        _refuse(key, path, "the file is empty; write one prompt a line")
+
+
+def _check_updates(config: Config, world_size: int) -> None:
+    """An update needs at least one (micro-batch, step) pair of gradient."""
+    updates = config.grpo.updates_per_rollout
+    if updates == 1:
+        return
+    from megatron_sage.grpo.schedule import shifted_sigmas  # imports torch: only where it is needed
+    from megatron_sage.grpo.sde import step_coefficients
+
+    sampler = config.sampler
+    sigmas = shifted_sigmas(sampler.num_steps, sampler.shift)
+    trained = int((step_coefficients(sampler.sde_type, sigmas, sampler.eta).std > 0).sum())
+    prompts = config.grpo.prompts_per_iteration // data_parallel_size(config, world_size)
+    micro_batches = prompts * config.grpo.group_size // sampler.micro_batch
+    if updates > micro_batches * trained:
+        rule = f"must be <= {micro_batches} micro-batches · {trained} trained steps = {micro_batches * trained}"
+        _refuse("grpo.updates_per_rollout", updates, rule)
