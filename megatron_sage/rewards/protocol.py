@@ -44,7 +44,7 @@ def load_reward(path: str, **settings: Any) -> Reward:
     reward = getattr(module, name)
     if isinstance(reward, type):
         reward = reward(**settings)
-    if not (callable(reward) and getattr(reward, "dimensions", ())):
+    if not (isinstance(reward, Reward) and reward.dimensions):
         raise UserError(f"reward.function={path!r}: a reward is callable and has `dimensions`, a tuple of names")
     return reward
 

@@ -102,11 +102,11 @@ class ShapesReward:
         check_inputs(videos, prompts, fps)
         asked = [parse_caption(prompt) for prompt in prompts]
         blobs = [measure(video) for video in videos]
-        return {
-            "VQ": np.array([visual_quality(blob) for blob in blobs], np.float64),
-            "MQ": np.array([motion_quality(blob) for blob in blobs], np.float64),
-            "TA": np.array([text_alignment(blob, want, fps) for blob, want in zip(blobs, asked, strict=True)], np.float64),
-        }
+        rows = [
+            (visual_quality(blob), motion_quality(blob), text_alignment(blob, want, fps))
+            for blob, want in zip(blobs, asked, strict=True)
+        ]
+        return dict(zip(self.dimensions, np.array(rows, np.float64).reshape(-1, 3).T, strict=True))
 
 
 def visual_quality(blob: Blob) -> float:
@@ -120,15 +120,14 @@ def visual_quality(blob: Blob) -> float:
 def motion_quality(blob: Blob) -> float:
     """MQ of the module's docstring; a clip of fewer than three frames has no motion to judge beyond its line."""
     unit = blob.width / UNITS_PER_WIDTH
-    time = np.arange(blob.frames) - (blob.frames - 1) / 2
-    line_F2 = blob.centre_F2.mean(0) + time[:, None] * blob.velocity_2
-    travel = np.linalg.norm(blob.velocity_2) * (blob.frames - 1) / unit
-    mean_area = blob.area_F.mean() + 1e-6
+    line_F2 = blob.centre.mean(0) + blob.time[:, None] * blob.velocity
+    travel = np.linalg.norm(blob.velocity) * (len(blob.area) - 1) / unit
+    mean_area = blob.area.mean() + 1e-6
     return float(np.tanh(travel / 3)) * _geometric_mean(
-        _soft(_rms(blob.centre_F2 - line_F2) / unit, 1.0),
-        _soft(_rms(np.diff(blob.centre_F2, 2, axis=0)) / unit, 0.3),
-        _soft(blob.area_F.std() / mean_area, 0.2),
-        _soft(_rms(np.diff(blob.area_F)[:, None]) / mean_area, 0.1),
+        _soft(_rms(blob.centre - line_F2) / unit, 1.0),
+        _soft(_rms(np.diff(blob.centre, 2, axis=0)) / unit, 0.3),
+        _soft(blob.area.std() / mean_area, 0.2),
+        _soft(_rms(np.diff(blob.area)[:, None]) / mean_area, 0.1),
     )
 
 
@@ -148,18 +147,18 @@ def text_alignment(blob: Blob, asked: Attributes, fps: float) -> float:
 
 def presence(blob: Blob) -> float:
     """How much there is one form, in [0, 1]: by its contrast and by how little its mass is scattered."""
-    contrast = np.tanh(np.linalg.norm(blob.contrast_3) / 0.3)
+    contrast = np.tanh(np.linalg.norm(blob.contrast) / 0.3)
     return float(contrast * np.tanh(1.5 * blob.compactness) / np.tanh(1.5))
 
 
 def _velocity(blob: Blob, fps: float) -> np.ndarray:
     """(x, y) in units a second."""
-    return blob.velocity_2 * fps * UNITS_PER_WIDTH / blob.width
+    return blob.velocity * fps * UNITS_PER_WIDTH / blob.width
 
 
 def _colour_distances(blob: Blob) -> dict[str, float]:
     """Distance of the form's hue (unit vector of its contrast) to every colour's; faint forms have no hue."""
-    hue_3 = blob.contrast_3 / (np.linalg.norm(blob.contrast_3) + 0.01)
+    hue_3 = blob.contrast / (np.linalg.norm(blob.contrast) + 0.01)
     prototypes = {name: np.array(colour) - GROUND for name, colour in COLOURS.items()}
     return {name: float(np.linalg.norm(hue_3 - p / np.linalg.norm(p))) for name, p in prototypes.items()}
 
