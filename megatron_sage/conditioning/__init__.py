@@ -1,0 +1,1 @@
+"""Text conditioning and the video codec: what surrounds the transformer."""

@@ -1,0 +1,1 @@
+"""Prompts, and the order in which they are visited."""
