@@ -1,0 +1,7 @@
+"""The HunyuanVideo-1.5 diffusion transformer as Megatron modules."""
+
+from megatron_sage.model.conditions import TextCondition
+from megatron_sage.model.config import HunyuanVideoConfig
+from megatron_sage.model.transformer import HunyuanVideoDiT
+
+__all__ = ["HunyuanVideoConfig", "HunyuanVideoDiT", "TextCondition"]

@@ -1,0 +1,88 @@
+"""The double-stream block: joint attention, then an MLP per stream, each gated by adaLN-Zero."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+
+from megatron_sage.model.attention import TokenLayout
+from megatron_sage.model.config import HunyuanVideoConfig
+from megatron_sage.model.norm import AdaModulation, Modulation, modulated_layer_norm
+from megatron_sage.model.recompute import run
+
+
+@dataclass
+class DoubleStreamBlockSubmodules:
+    """What a spec chooses."""
+
+    modulation_linear: ModuleSpec | type
+    attention: ModuleSpec
+    mlp: ModuleSpec
+
+
+class DoubleStreamBlock(MegatronModule):
+    """One block (diffusers: HunyuanVideo15TransformerBlock); `norm1*`, `ff*` are its names too.
+
+    The last block has text parameters that nothing uses (its text output is discarded): they are kept for the
+    checkpoint's sake and receive no gradient.
+    """
+
+    def __init__(
+        self,
+        config: HunyuanVideoConfig,
+        submodules: DoubleStreamBlockSubmodules,
+        pg_collection: ProcessGroupCollection,
+        last: bool = False,
+    ) -> None:
+        super().__init__(config=config)
+        self.tp_group = pg_collection.tp
+        self.last = last
+        self.recompute = config.recompute_granularity == "selective" and config.recompute_modules or []
+        self.norm1 = AdaModulation(config, submodules.modulation_linear, pg_collection)
+        self.norm1_context = AdaModulation(config, submodules.modulation_linear, pg_collection)
+        self.attn = build_module(submodules.attention, config=config, pg_collection=pg_collection, last=last)
+        self.ff, self.ff_context = (
+            build_module(
+                submodules.mlp, config=config, ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp
+            )
+            for _ in range(2)
+        )
+
+    def forward(
+        self, image_SBH: torch.Tensor, text_LBH: torch.Tensor, silu_temb_BH: torch.Tensor, layout: TokenLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's tokens of both streams in and out; the last block hands the text through untouched."""
+
+        def block(image: torch.Tensor, text: torch.Tensor, silu_temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self._block(image, text, silu_temb, layout)
+
+        full = self.config.recompute_granularity == "full"
+        out = run(full, block, image_SBH, text_LBH, silu_temb_BH)
+        return out if not self.last else (out[0], text_LBH)
+
+    def _block(
+        self, image: torch.Tensor, text: torch.Tensor, silu_temb: torch.Tensor, layout: TokenLayout
+    ) -> tuple[torch.Tensor, ...]:
+        image_mod, text_mod = self.norm1(silu_temb), self.norm1_context(silu_temb)
+        image_attn, text_attn = self.attn(
+            self._norm(image, image_mod.shift_attn, image_mod.scale_attn),
+            self._norm(text, text_mod.shift_attn, text_mod.scale_attn),
+            layout,
+        )
+        image = self._mlp(self.ff, torch.addcmul(image, image_attn, image_mod.gate_attn), image_mod)
+        if text_attn is None:
+            return (image,)
+        return image, self._mlp(self.ff_context, torch.addcmul(text, text_attn, text_mod.gate_attn), text_mod)
+
+    def _norm(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return run("layernorm" in self.recompute, modulated_layer_norm, x, shift, scale)
+
+    def _mlp(self, mlp: torch.nn.Module, x: torch.Tensor, mod: Modulation) -> torch.Tensor:
+        def normed_mlp(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            out, bias = mlp(self._norm(x, shift, scale))
+            return out + bias
+
+        out = run("mlp" in self.recompute, normed_mlp, x, mod.shift_mlp, mod.scale_mlp)
+        return torch.addcmul(x, out, mod.gate_mlp)

@@ -1,0 +1,187 @@
+"""Configuration of the DiT: a Megatron TransformerConfig that knows the diffusers `config.json` it came from."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_sage import parallel  # noqa: F401  (prepares the CPU backend before megatron is imported)
+from megatron_sage.errors import UserError
+
+from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+
+DIFFUSERS_CLASS = "HunyuanVideo15Transformer3DModel"
+BYT5_INNER_WIDTH = 2048  # hard-coded in diffusers and in the official code, whatever the model's size
+RECOMPUTE = ("none", "selective", "full")
+
+# diffusers' constructor defaults: what a key that is absent from config.json means
+_DIFFUSERS_DEFAULTS: dict[str, Any] = {
+    "in_channels": 65,
+    "out_channels": 32,
+    "num_attention_heads": 16,
+    "attention_head_dim": 128,
+    "num_layers": 54,
+    "num_refiner_layers": 2,
+    "mlp_ratio": 4.0,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "qk_norm": "rms_norm",
+    "text_embed_dim": 3584,
+    "text_embed_2_dim": 1472,
+    "image_embed_dim": 1152,
+    "rope_theta": 256.0,
+    "rope_axes_dim": (16, 56, 56),
+    "target_size": 640,
+    "task_type": "i2v",
+    "use_meanflow": False,
+}
+_SAME_NAME = tuple(
+    key for key in _DIFFUSERS_DEFAULTS if key not in ("num_attention_heads", "attention_head_dim", "num_layers")
+)
+
+
+@dataclass
+class HunyuanVideoConfig(TransformerConfig):
+    """TransformerConfig plus the fields of diffusers' HunyuanVideo15Transformer3DModel, under diffusers' names.
+
+    Megatron's `kv_channels` is diffusers' `attention_head_dim`. Build it with `from_diffusers`.
+    """
+
+    in_channels: int = 65
+    """32 noisy latents, 32 condition latents, 1 mask, in this order."""
+    out_channels: int = 32
+    patch_size: int = 1
+    patch_size_t: int = 1
+    num_refiner_layers: int = 2
+    mlp_ratio: float = 4.0
+    qk_norm: str = "rms_norm"
+    text_embed_dim: int = 3584
+    text_embed_2_dim: int = 1472
+    image_embed_dim: int = 1152
+    rope_theta: float = 256.0
+    rope_axes_dim: tuple[int, int, int] = (16, 56, 56)
+    """Channels of a head that rotate with t, h and w."""
+    target_size: int = 640
+    task_type: str = "i2v"
+    use_meanflow: bool = False
+
+    def __post_init__(self) -> None:
+        self.rope_axes_dim = tuple(self.rope_axes_dim)  # type: ignore[assignment]  # json has lists
+        _validate(self)
+        super().__post_init__()
+
+    @classmethod
+    def from_diffusers(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        tensor: int = 1,
+        sequence_parallel: bool = False,
+        dtype: torch.dtype = torch.float32,
+        recompute: str = "none",
+        **overrides: Any,
+    ) -> "HunyuanVideoConfig":
+        """Read a diffusers `config.json`.
+
+        Args:
+            config: the parsed json; absent keys mean diffusers' defaults, keys that start with `_` are its bookkeeping.
+            tensor: tensor-parallel size.
+            sequence_parallel: shard the tokens over TP between attention and MLP; ignored where `tensor` is 1.
+            dtype: of all parameters.
+            recompute: "full" keeps each block's input only; "selective" recomputes what needs no attention kernel
+                (norms, modulation, RoPE, MLP); `recompute_modules` among the overrides chooses otherwise.
+            overrides: further TransformerConfig fields.
+
+        Raises:
+            UserError: another architecture, an unknown key, or values that do not fit together.
+        """
+        architecture = config.get("_class_name", DIFFUSERS_CLASS)
+        if architecture != DIFFUSERS_CLASS:
+            raise UserError(f"config.json: _class_name is {architecture!r}, this model is {DIFFUSERS_CLASS!r}")
+        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        unknown = sorted(set(given) - set(_DIFFUSERS_DEFAULTS))
+        if unknown:
+            raise UserError(f"config.json: unknown key {unknown[0]!r} for {DIFFUSERS_CLASS}: remove it")
+        if recompute not in RECOMPUTE:
+            raise UserError(f"recompute: {recompute!r} is not one of {', '.join(RECOMPUTE)}")
+        fields = {**_DIFFUSERS_DEFAULTS, **given}
+        heads, head_dim = fields["num_attention_heads"], fields["attention_head_dim"]
+        megatron: dict[str, Any] = {
+            "num_layers": fields["num_layers"],
+            "hidden_size": heads * head_dim,
+            "ffn_hidden_size": int(heads * head_dim * fields["mlp_ratio"]),
+            "num_attention_heads": heads,
+            "kv_channels": head_dim,
+            "tensor_model_parallel_size": tensor,
+            "sequence_parallel": sequence_parallel and tensor > 1,
+            "params_dtype": dtype,
+            "bf16": dtype is torch.bfloat16,
+            "fp16": dtype is torch.float16,
+            **_FIXED,
+            **_recompute_fields(recompute),
+        }
+        return cls(**{**megatron, **{key: fields[key] for key in _SAME_NAME}, **overrides})
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The `config.json` of the same model: all of diffusers' keys, and `_class_name`."""
+        values: dict[str, Any] = {"_class_name": DIFFUSERS_CLASS}
+        for key in _DIFFUSERS_DEFAULTS:
+            name = {"attention_head_dim": "kv_channels"}.get(key, key)
+            values[key] = getattr(self, name)
+        values["rope_axes_dim"] = list(self.rope_axes_dim)
+        return values
+
+
+# what the architecture fixes, in TransformerConfig's words
+_FIXED: dict[str, Any] = {
+    "activation_func": functools.partial(F.gelu, approximate="tanh"),
+    "add_bias_linear": True,
+    "add_qkv_bias": True,
+    "gated_linear_unit": False,
+    "bias_activation_fusion": False,
+    "qk_layernorm": True,
+    "normalization": "LayerNorm",
+    "layernorm_epsilon": 1e-6,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    # pipeline stages and data-parallel replicas with different prompt lengths exchange differently long sequences
+    "variable_seq_lengths": True,
+    "moe_token_dispatcher_type": "alltoall",  # Megatron's condition for variable_seq_lengths, no expert is involved
+}
+
+
+def _recompute_fields(recompute: str) -> dict[str, Any]:
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]}
+    return {}
+
+
+def _validate(config: HunyuanVideoConfig) -> None:
+    heads, tensor, head_dim = config.num_attention_heads, config.tensor_model_parallel_size, config.kv_channels
+    if heads % tensor:
+        raise UserError(
+            f"parallel.tensor: {heads} attention heads cannot be divided over tensor={tensor}: choose a divisor"
+        )
+    if head_dim is None or config.hidden_size != heads * head_dim:
+        raise UserError(f"config.json: hidden_size {config.hidden_size} is not {heads} heads * {head_dim} channels")
+    axes = config.rope_axes_dim
+    if len(axes) != 3 or any(axis % 2 for axis in axes) or sum(axes) != head_dim:
+        raise UserError(
+            f"config.json: rope_axes_dim {list(axes)} must be three even numbers that add up to "
+            f"attention_head_dim = {head_dim}"
+        )
+    if (config.patch_size, config.patch_size_t) != (1, 1):
+        raise UserError(
+            f"config.json: patch_size {config.patch_size}, patch_size_t {config.patch_size_t}: only 1 is supported, "
+            "the released models' value"
+        )
+    if config.qk_norm != "rms_norm":
+        raise UserError(f"config.json: qk_norm {config.qk_norm!r} is not supported, the released models have 'rms_norm'")
+    supported = {"core_attn", "layernorm", "mlp"}
+    if config.recompute_granularity == "selective" and not set(config.recompute_modules or []) <= supported:
+        raise UserError(f"recompute_modules: {config.recompute_modules} must be among {sorted(supported)}")

@@ -1,0 +1,17 @@
+"""Activation recompute: keep a function's inputs, run it again in the backward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import checkpoint
+
+
+def run(recompute: bool, function: Callable[..., Any], *args: torch.Tensor) -> Any:
+    """`function(*args)`, through Megatron's activation checkpoint where `recompute` is set and a gradient is wanted.
+
+    Whatever the gradient has to reach must be among `args` or a module's parameter: tensors in the closure are constants.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, False, *args)
+    return function(*args)

@@ -1,0 +1,128 @@
+"""Process groups: torch.distributed, Megatron's parallel_state and random-state tracker, set up and torn down."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_sage.parallel.device import backend
+
+_started_here = False
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups that this rank belongs to, and its place in them."""
+
+    tp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    collection: ProcessGroupCollection
+    world_size: int
+    rank: int
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks that share one copy of the weights' shards."""
+        return self.tp.size()
+
+    @property
+    def tp_rank(self) -> int:
+        """Position in the tensor-parallel group."""
+        return self.tp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        """Number of data-parallel replicas."""
+        return self.dp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        """Which data-parallel replica this is."""
+        return self.dp.rank()
+
+
+def initialize(
+    tensor: int = 1, context: int = 1, pipeline: int = 1, seed: int = 0, timeout_seconds: int = 1800
+) -> Groups:
+    """Create all process groups, or return them where the same layout is already set up.
+
+    Under torchrun (RANK and WORLD_SIZE set) the world comes from the environment, otherwise it is this process alone,
+    with an in-memory store: no port is opened, so two runs on one machine cannot clash. Afterwards torch's and
+    Megatron's random states follow from `seed` alone and are equal on all data-parallel replicas.
+
+    Raises:
+        ValueError: the world size is no multiple of tensor * context * pipeline, or another layout is active.
+    """
+    _start_world(timeout_seconds)
+    world = dist.get_world_size()
+    per_replica = tensor * context * pipeline
+    if min(tensor, context, pipeline) < 1 or world % per_replica:
+        raise ValueError(
+            f"world size {world} is not a multiple of tensor * context * pipeline = "
+            f"{tensor} * {context} * {pipeline} = {per_replica}: change the number of processes or the layout"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        _require_same_layout(tensor, context, pipeline)
+    else:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            context_parallel_size=context,
+            distributed_timeout_minutes=max(1, timeout_seconds // 60),
+        )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return Groups(
+        tp=collection.tp,
+        cp=collection.cp,
+        pp=collection.pp,
+        dp=collection.dp,
+        collection=collection,
+        world_size=world,
+        rank=dist.get_rank(),
+    )
+
+
+def shutdown() -> None:
+    """Destroy Megatron's groups, and torch's where `initialize` made them. Safe to call twice."""
+    global _started_here
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if _started_here and dist.is_initialized():
+        dist.destroy_process_group()
+    _started_here = False
+
+
+def _start_world(timeout_seconds: int) -> None:
+    global _started_here
+    if dist.is_initialized():
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend(), timeout=timeout)
+    else:
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    _started_here = True
+
+
+def _require_same_layout(tensor: int, context: int, pipeline: int) -> None:
+    active = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    if active != (tensor, context, pipeline):
+        raise ValueError(
+            f"layout (tensor, context, pipeline) = {(tensor, context, pipeline)} was asked for while {active} is "
+            "active: call shutdown() first"
+        )
