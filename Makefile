@@ -1,0 +1,68 @@
+# make quickstart | test | test-long | lint | setup | clean
+#
+# Every target sets up .venv first; stamp files inside it make the second run start at once.
+# A machine with a GPU chooses its own torch:  make quickstart TORCH="torch==2.13.0"
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+TORCH ?=
+PYTHON ?=
+PYTEST_ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHON TORCH
+
+.PHONY: help setup quickstart test test-long lint format clean
+
+help:
+	@echo "make quickstart   set up, then train the tiny model and write runs/quickstart/report.html"
+	@echo "make test         set up, then the quick tests;  make test-long: the long ones"
+	@echo "make lint         ruff and mypy;  make format: let ruff mend what it can"
+	@echo "make setup        only the virtual environment $(VENV);  make clean: remove it and all caches"
+	@echo "On a machine with a GPU, the first time: make quickstart TORCH=\"torch==2.13.0\""
+
+setup: $(STAMP)/package
+
+quickstart: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh
+
+test: setup
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-long: setup
+	@$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find megatron_sage tests examples tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# 1. The environment. 2. torch, alone: as a dependency it would come as the newest CUDA build. 3. The lock. 4. Ourselves.
+$(STAMP)/venv:
+	@bash tools/setup_env.sh venv $(VENV)
+	@mkdir -p $(STAMP) && touch $@
+
+$(STAMP)/torch: $(STAMP)/venv requirements-torch.txt
+	@bash tools/setup_env.sh torch $(VENV)
+	@touch $@
+
+$(STAMP)/lock: $(STAMP)/torch requirements.lock
+	@bash tools/setup_env.sh lock $(VENV)
+	@touch $@
+
+$(STAMP)/package: $(STAMP)/lock setup.py pyproject.toml
+	@bash tools/setup_env.sh package $(VENV)
+	@touch $@
