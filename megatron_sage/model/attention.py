@@ -9,7 +9,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from megatron_sage.model.config import HunyuanVideoConfig
-from megatron_sage.model.recompute import run
+from megatron_sage.model.recompute import run, selective_modules
 from megatron_sage.model.rope import rotate
 from megatron_sage.parallel.sequence import TokenShard, pad_tokens
 
@@ -62,7 +62,7 @@ class JointAttention(MegatronModule):
         super().__init__(config=config)
         self.tp_group = pg_collection.tp
         self.last = last
-        self.recompute = config.recompute_granularity == "selective" and config.recompute_modules or []
+        self.recompute = selective_modules(config)
         self.img_qkv, self.txt_qkv = (self._qkv(submodules.qkv) for _ in range(2))
         self.img_proj, self.txt_proj = (self._proj(submodules.proj) for _ in range(2))
         # the words q_layernorm and k_layernorm make Megatron sum these weights' gradients over TP

@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron_sage.model.attention import TokenLayout
 from megatron_sage.model.config import HunyuanVideoConfig
 from megatron_sage.model.norm import AdaModulation, Modulation, modulated_layer_norm
-from megatron_sage.model.recompute import run
+from megatron_sage.model.recompute import run, selective_modules
 
 
 @dataclass
@@ -39,7 +39,7 @@ class DoubleStreamBlock(MegatronModule):
         super().__init__(config=config)
         self.tp_group = pg_collection.tp
         self.last = last
-        self.recompute = config.recompute_granularity == "selective" and config.recompute_modules or []
+        self.recompute = selective_modules(config)
         self.norm1 = AdaModulation(config, submodules.modulation_linear, pg_collection)
         self.norm1_context = AdaModulation(config, submodules.modulation_linear, pg_collection)
         self.attn = build_module(submodules.attention, config=config, pg_collection=pg_collection, last=last)

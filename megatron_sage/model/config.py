@@ -181,7 +181,9 @@ def _validate(config: HunyuanVideoConfig) -> None:
             "the released models' value"
         )
     if config.qk_norm != "rms_norm":
-        raise UserError(f"config.json: qk_norm {config.qk_norm!r} is not supported, the released models have 'rms_norm'")
+        raise UserError(
+            f"config.json: qk_norm {config.qk_norm!r} is not supported, the released models have 'rms_norm'"
+        )
     supported = {"core_attn", "layernorm", "mlp"}
     if config.recompute_granularity == "selective" and not set(config.recompute_modules or []) <= supported:
         raise UserError(f"recompute_modules: {config.recompute_modules} must be among {sorted(supported)}")

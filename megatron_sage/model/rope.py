@@ -20,7 +20,7 @@ def rotary_table(
         )
         angles = [
             torch.outer(position.reshape(-1), 1.0 / theta ** (torch.arange(0, dim, 2, device=device).float() / dim))
-            for position, dim in zip(positions, axes_dim)
+            for position, dim in zip(positions, axes_dim, strict=True)
         ]
         angle = torch.cat(angles, dim=1)
         return torch.complex(angle.cos(), angle.sin())

@@ -44,5 +44,5 @@ def allreduce_replicated_gradients(model: torch.nn.Module, tp_group: dist.Proces
     for grads in by_dtype.values():
         flat = torch.cat([grad.reshape(-1) for grad in grads])  # one collective instead of one per tensor
         dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=tp_group)
-        for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
+        for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(total.view_as(grad))
