@@ -50,7 +50,7 @@ def held_out(scenes: list[Scene]) -> list[Scene]:
     return [scenes[i] for i in order[::6]]
 
 
-def _coverage(form: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+def _form_coverage(form: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
     """Anti-aliased coverage in [0, 1] of a form centred at the origin, from its signed distance in pixels."""
     if form == "circle":
         distance = np.hypot(dx, dy) - radius
@@ -63,22 +63,27 @@ def _coverage(form: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.nd
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
-def render(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, start_frame: int = 0) -> np.ndarray:
-    """One clip, float32 [frames, HEIGHT, WIDTH, 3] in [0, 1]; `start_frame` cuts a piece out of the 81."""
+def coverage(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, start_frame: int = 0) -> np.ndarray:
+    """Where the form of one clip is, float64 [frames, HEIGHT, WIDTH, 1] in [0, 1]; it stays whole in the frame."""
     direction = np.array(DIRECTIONS[scene.direction], dtype=np.float64)
     travel = SPEEDS[scene.speed] * rng.uniform(0.9, 1.1)
     radius = rng.uniform(5.0, 6.5)
     before, after = (np.array(reach) * radius for reach in REACH[scene.form])
     low = before + np.maximum(-direction, 0) * travel
     high = np.array([WIDTH, HEIGHT]) - after - np.maximum(direction, 0) * travel
-    middle, half = (low + high) / 2, (high - low) / 2  # the whole form stays in the frame
+    middle, half = (low + high) / 2, (high - low) / 2
     start = middle + half * rng.uniform(-1, 1, 2)
-    ground = rng.uniform(0.08, 0.22)
-    colour = np.clip(np.array(COLOURS[scene.colour]) + rng.uniform(-0.05, 0.05, 3), 0, 1)
     time = (np.arange(start_frame, start_frame + frames) / (FRAMES - 1))[:, None]
     centre = start + time * travel * direction  # [frames, 2]
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH] + 0.5
     dx = x[None] - centre[:, 0, None, None]
     dy = y[None] - centre[:, 1, None, None]
-    cover = _coverage(scene.form, dx, dy, radius)[..., None]
+    return _form_coverage(scene.form, dx, dy, radius)[..., None]
+
+
+def render(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, start_frame: int = 0) -> np.ndarray:
+    """One clip, float32 [frames, HEIGHT, WIDTH, 3] in [0, 1]; `start_frame` cuts a piece out of the 81."""
+    cover = coverage(scene, rng, frames, start_frame)
+    ground = rng.uniform(0.08, 0.22)
+    colour = np.clip(np.array(COLOURS[scene.colour]) + rng.uniform(-0.05, 0.05, 3), 0, 1)
     return (ground * (1 - cover) + colour * cover).astype(np.float32)

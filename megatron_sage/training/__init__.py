@@ -1,0 +1,1 @@
+"""The training run: engine, optimizer, one iteration of SAGE-GRPO, evaluation, state."""

@@ -1,0 +1,121 @@
+"""The SAGE-GRPO loss of one micro-batch at one denoising step, from the policy's velocity.
+
+Everything a rank knows of a video is a shard of its tokens, so each quantity is a local sum of squares, summed once
+over the ranks that share the tokens; the loss is then the same number on each of them. Shapes: S tokens, B samples.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_sage.config import Config
+from megatron_sage.grpo.objective import policy_loss
+from megatron_sage.grpo.trust_region import gaussian_kl_from_error, step_kl_log_prob
+from megatron_sage.rollout.buffer import MicroTrajectory
+from megatron_sage.rollout.policy import VideoShape
+from megatron_sage.rollout.sampler import StepTable, shard_error, transition_log_prob
+
+
+@dataclass(frozen=True)
+class PairStatistics:
+    """Detached numbers of one (micro-batch, step) pair; sums run over its trained samples."""
+
+    sums: torch.Tensor  # [6]: samples, loss, policy loss, position KL, velocity KL, clipped
+    ratio_sum: torch.Tensor
+    ratio_min: torch.Tensor
+    ratio_max: torch.Tensor
+
+
+class Objective:
+    """The loss function of a run: constants of the method, and the present lambda."""
+
+    def __init__(
+        self,
+        config: Config,
+        table: StepTable,
+        scales: list[float],
+        shape: VideoShape,
+        token_group: dist.ProcessGroup | None,
+    ) -> None:
+        self.config, self.table, self.scales = config, table, scales
+        self.shape, self.token_group = shape, token_group
+        self.weight = 0.0  # lambda
+
+    def __call__(
+        self, v_SBC: torch.Tensor, trajectory: MicroTrajectory, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor, PairStatistics]:
+        """(sum of the loss over the trained samples, their number as int32, statistics).
+
+        A sum, not a mean: Megatron divides the gradients by the number of pairs summed over DP.
+        """
+        grpo = self.config.grpo
+        assert trajectory.advantage_B is not None and trajectory.trained_B is not None
+        a, b, std = self.table.a[step], self.table.b[step], self.table.std[step]
+        mean_SBC = a * trajectory.latents_SBC[step] + b * v_SBC
+        new_B = transition_log_prob(trajectory.latents_SBC[step + 1], mean_SBC, std, self.shape, self.token_group)
+        old_B = trajectory.log_prob_B[step]
+        policy = policy_loss(new_B, old_B, trajectory.advantage_B, grpo.clip_range, grpo.advantage_clip)
+        position_B, velocity_B = self._divergences(v_SBC, new_B, trajectory, step)
+        kl = self.config.kl
+        total_B = policy.loss * (self.scales[step] if grpo.equalizer else 1.0)
+        if kl.strategy != "none":
+            total_B = total_B + self.weight * (kl.position_weight * position_B + kl.velocity_weight * velocity_B)
+        # where, not a product: 0 * nan is nan, and a dropped sample must not reach the gradient
+        kept = trajectory.trained_B
+        terms = torch.stack([torch.ones_like(new_B), total_B, policy.loss, position_B, velocity_B, policy.clipped])
+        sums = torch.where(kept, terms, torch.zeros_like(terms)).sum(dim=1)
+        ratio = policy.ratio
+        statistics = PairStatistics(
+            sums.detach(),
+            torch.where(kept, ratio, 0.0).sum(),
+            torch.where(kept, ratio, torch.inf).min(),
+            torch.where(kept, ratio, -torch.inf).max(),
+        )
+        return sums[1], kept.sum().to(torch.int32), statistics
+
+    def _divergences(
+        self, v_SBC: torch.Tensor, new_B: torch.Tensor, trajectory: MicroTrajectory, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(position KL against the anchor, velocity KL against the rollout's policy), each [B]."""
+        if self.config.kl.strategy == "none":
+            return torch.zeros_like(new_B), torch.zeros_like(new_B)
+        position_B = self._closed_form(v_SBC, trajectory.reference_SBC[step], step)
+        if self.config.kl.step_kl == "logprob":
+            return position_B, step_kl_log_prob(trajectory.log_prob_B[step], new_B)
+        return position_B, self._closed_form(v_SBC, trajectory.velocity_SBC[step], step)
+
+    def _closed_form(self, v_SBC: torch.Tensor, reference_SBC: torch.Tensor, step: int) -> torch.Tensor:
+        error_B = shard_error(v_SBC - reference_SBC, self.shape, self.token_group)
+        return gaussian_kl_from_error(error_B, self.shape.elements, self.table.b[step], self.table.std[step])
+
+
+def summarise(
+    statistics: list[PairStatistics], first: list[PairStatistics], group: dist.ProcessGroup
+) -> dict[str, float]:
+    """Metrics of an iteration, over all pairs of all replicas (`group` = DP).
+
+    `first` are the pairs visited before the first optimizer step: there the ratio must be 1 to rounding.
+    """
+    sums = torch.stack([torch.cat([s.sums, s.ratio_sum[None]]) for s in statistics]).sum(dim=0).double()
+    low = torch.stack([s.ratio_min for s in statistics]).min()
+    high = torch.stack([s.ratio_max for s in statistics]).max()
+    deviation = torch.stack([torch.maximum(1 - s.ratio_min, s.ratio_max - 1) for s in first]).max()
+    extremes = torch.stack([-low, high, deviation]).double()
+    dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=group)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    count, loss, policy, position, velocity, clipped, ratio = sums.tolist()
+    lowest, highest, initial = extremes.tolist()
+    if count == 0:
+        return {}
+    return {
+        "loss": loss / count,
+        "loss/policy": policy / count,
+        "kl/position": position / count,
+        "kl/velocity": velocity / count,
+        "ratio/mean": ratio / count,
+        "ratio/min": -lowest,
+        "ratio/max": highest,
+        "clip_fraction": clipped / count,
+        "ratio/initial_deviation": initial,
+    }

@@ -1,0 +1,56 @@
+"""AdamW through Megatron's optimizer, gradients through Megatron's DistributedDataParallel."""
+
+import megatron_sage.parallel  # noqa: F401  (the CPU backend must be in place before Megatron is imported)
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from megatron_sage.config import Config
+from megatron_sage.model.transformer import HunyuanVideoDiT
+from megatron_sage.parallel.groups import Groups
+
+
+def wrap(model: HunyuanVideoDiT, groups: Groups) -> DistributedDataParallel:
+    """The model with its gradient buffers.
+
+    `calculate_per_token_loss` makes the loss a plain sum over pairs on each rank: Megatron then divides the summed
+    gradients once by the number of pairs, itself summed over DP. Averages of averages would be wrong as soon as
+    replicas drop different numbers of samples (non-finite rewards).
+    """
+    model.config.calculate_per_token_loss = True
+    model.config.finalize_model_grads_func = finalize_model_grads
+    ddp = DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+        ),
+        module=model,
+        pg_collection=groups.collection,
+    )
+    return ddp
+
+
+def build_optimizer(config: Config, model: DistributedDataParallel, dtype: torch.dtype) -> MegatronOptimizer:
+    """Megatron's optimizer: fp32, or bf16 weights with fp32 masters; global gradient-norm clipping."""
+    settings = config.optimizer
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            clip_grad=settings.grad_clip,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=False,
+        ),
+        [model],
+        use_gloo_process_groups=False,
+    )
+    for group in optimizer.param_groups:
+        # Megatron's wd_mult = 0 of biases and norms only takes effect through its scheduler, which is not used here.
+        group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
+    return optimizer
