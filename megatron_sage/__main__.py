@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from typing import NoReturn
 
 from megatron_sage import __version__
@@ -33,6 +34,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit status: 2 for bad input, after one line on stderr."""
+    # Megatron says this at every import, up to four times a process; `doctor` says once what is used instead.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     try:
         command, arguments = _parse(sys.argv[1:] if argv is None else argv)
         if command == "train":

@@ -46,7 +46,7 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=1_000_000)
 
 
-def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
+def known_keys(cls: Any = Config, prefix: str = "") -> Iterator[str]:
     """Dotted names of every section and setting."""
     for name, annotation in get_type_hints(cls).items():
         yield prefix + name
@@ -181,7 +181,7 @@ def _scalar(value: Any, kind: type, key: str, where: str) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"{key}={_show(value)}{where}: expects {_EXPECTED[kind]}, not {type(value).__name__}")
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}={value}{where}: must be finite")
     return value
 

@@ -19,7 +19,12 @@ from megatron_sage.errors import UserError
 
 ARCHITECTURE = "HunyuanVideo15Transformer3DModel"
 
-_COMPARE: dict[str, Callable[[Any, Any], bool]] = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+}
 # key, comparison, bound, cure
 _BOUNDS: list[tuple[str, str, float, str]] = [
     ("seed", ">=", 0, "use a non-negative number"),
@@ -47,7 +52,8 @@ _BOUNDS: list[tuple[str, str, float, str]] = [
     ("kl.warmup_steps", ">=", 1, "1 starts the feedback at once"),
     ("kl.window", ">=", 1, "1 looks at the last value alone"),
     ("kl.target", ">", 0, "the feedback divides by it"),
-    ("kl.gain", ">=", 0, "0 switches the feedback off"),
+    ("kl.gain", ">", 0, "kl.schedule=fixed has no feedback"),
+    ("kl.gain", "<=", 1, "more than 1 could make lambda negative"),
     ("optimizer.lr", ">=", 0, "1e-5 is the usual rate"),
     ("optimizer.weight_decay", ">=", 0, "0 switches it off"),
     ("optimizer.beta1", ">=", 0, "0.9 is the usual value"),
