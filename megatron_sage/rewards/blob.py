@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 EPSILON = 1e-6
-FAINT = 0.05  # contrast below which coverage fades out instead of amplifying the codec's noise
+FAINT = 0.02  # contrast below which coverage fades out instead of amplifying the codec's noise
 GROUND_TOLERANCE = 0.1  # colours this far from the median count half when the ground is averaged
 
 

@@ -5,12 +5,14 @@ length is 1/48 of the frame's width (a pixel of the tiny world), speeds are unit
 [0, 1], higher better, and is a smooth function of the measurements; `soft(e, s) = 1 / (1 + e/s)` falls from 1
 without ever becoming flat. `geo` is the geometric mean: the weakest part decides.
 
-    presence = tanh(|contrast| / 0.3) · tanh(1.5 · compactness) / tanh(1.5)        is there one form at all?
+    presence = tanh(|contrast| / 0.3) · (0.1 + 0.9 · tanh(1.5 · compactness) / tanh(1.5))
+        Is there one form at all? contrast: the form's colour minus the ground's; compactness: 1 for a disc, 0.83 for
+        a triangle, towards 0 if the colour is scattered.
 
     VQ = presence · geo(soft(ground_error, 0.05), soft(form_error, 0.05), soft(edge excess, 0.3))
         ground_error, form_error: rms differences from the two-colour reading of the clip, outside and inside the
         form's reach; edge excess: pixels of rim beyond the 0.2 of an ideally sampled form.
-    MQ = move · geo(soft(bend, 1), soft(shake, 0.3), soft(growth, 0.2), soft(flicker, 0.1))
+    MQ = presence · move · geo(soft(bend, 1), soft(shake, 0.3), soft(growth, 0.2), soft(flicker, 0.1))
         move: tanh(travel/3 units), travel of the straight line through the track, so that a frozen form has no
         good motion; bend: rms distance from that line; shake: rms second difference of the track, units;
         growth: std/mean of the covered area; flicker: rms frame-to-frame change of area/mean.
@@ -123,7 +125,7 @@ def motion_quality(blob: Blob) -> float:
     line_F2 = blob.centre.mean(0) + blob.time[:, None] * blob.velocity
     travel = np.linalg.norm(blob.velocity) * (len(blob.area) - 1) / unit
     mean_area = blob.area.mean() + 1e-6
-    return float(np.tanh(travel / 3)) * _geometric_mean(
+    return presence(blob) * float(np.tanh(travel / 3)) * _geometric_mean(
         _soft(_rms(blob.centre - line_F2) / unit, 1.0),
         _soft(_rms(np.diff(blob.centre, 2, axis=0)) / unit, 0.3),
         _soft(blob.area.std() / mean_area, 0.2),
@@ -148,7 +150,7 @@ def text_alignment(blob: Blob, asked: Attributes, fps: float) -> float:
 def presence(blob: Blob) -> float:
     """How much there is one form, in [0, 1]: by its contrast and by how little its mass is scattered."""
     contrast = np.tanh(np.linalg.norm(blob.contrast) / 0.3)
-    return float(contrast * np.tanh(1.5 * blob.compactness) / np.tanh(1.5))
+    return float(contrast * (0.1 + 0.9 * np.tanh(1.5 * blob.compactness) / np.tanh(1.5)))
 
 
 def _velocity(blob: Blob, fps: float) -> np.ndarray:
