@@ -17,7 +17,7 @@ from megatron_sage.errors import UserError
 # command: (module whose main(argv) runs it, what it does)
 COMMANDS = {
     "train": ("", "improve a model by SAGE-GRPO: train [CONFIG] key=value ..."),
-    "sample": ("megatron_sage.rollout.generate", "make videos from prompts"),
+    "sample": ("megatron_sage.generate", "make videos from prompts"),
     "convert": ("megatron_sage.checkpoint.convert", "convert checkpoints between Hugging Face, official and Megatron"),
     "verify": ("megatron_sage.verify", "compare the model with diffusers' on the same weights and inputs"),
     "report": ("megatron_sage.reporting.report", "write a run's report.html"),

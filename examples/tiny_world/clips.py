@@ -7,6 +7,7 @@ enough for two CPU cores, not square, so that a swap of height and width cannot 
 
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -87,3 +88,16 @@ def render(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, start_f
     ground = rng.uniform(0.08, 0.22)
     colour = np.clip(np.array(COLOURS[scene.colour]) + rng.uniform(-0.05, 0.05, 3), 0, 1)
     return (ground * (1 - cover) + colour * cover).astype(np.float32)
+
+
+def main() -> None:
+    """Write the prompt files: what RL trains on, and what neither RL nor the DiT has seen."""
+    folder = Path(__file__).parent
+    unseen = held_out(all_scenes())
+    for name, scenes in (("train", [s for s in all_scenes() if s not in unseen]), ("held_out", unseen)):
+        lines = [scene.caption for scene in scenes]
+        (folder / f"prompts_{name}.txt").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

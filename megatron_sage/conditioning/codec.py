@@ -1,4 +1,4 @@
-"""Videos to latents and back: diffusers' AutoencoderKLHunyuanVideo15, one clip at a time."""
+"""Videos to latents and back, one clip at a time: diffusers' AutoencoderKLHunyuanVideo15, or the small PatchCodec."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 
+from megatron_sage.conditioning.patch_codec import PatchCodec
 from megatron_sage.errors import UserError
 
-CLASS_NAME = "AutoencoderKLHunyuanVideo15"
+CLASSES = {"AutoencoderKLHunyuanVideo15": AutoencoderKLHunyuanVideo15, "PatchCodec": PatchCodec}
 
 
 class NonFiniteVideoError(ValueError):
@@ -23,7 +24,7 @@ class VideoCodec:
     VAE's config (4, 16 and 32 in HunyuanVideo-1.5). One clip at a time: this VAE raises for larger batches.
     """
 
-    def __init__(self, vae: AutoencoderKLHunyuanVideo15) -> None:
+    def __init__(self, vae: AutoencoderKLHunyuanVideo15 | PatchCodec) -> None:
         self.vae = vae.eval().requires_grad_(False)
         self.scaling_factor = float(vae.config.scaling_factor)
         self.spatial = int(vae.config.spatial_compression_ratio)
@@ -42,10 +43,10 @@ class VideoCodec:
             found = json.loads(config_path.read_text()).get("_class_name")
         except (ValueError, AttributeError) as error:
             raise UserError(f"{config_path}: not a JSON object ({error}); copy the checkpoint's vae/ anew") from error
-        if found != CLASS_NAME:
-            raise UserError(f"{config_path}: _class_name is {found!r}, expected {CLASS_NAME!r}")
+        if found not in CLASSES:
+            raise UserError(f"{config_path}: _class_name is {found!r}, expected one of {', '.join(CLASSES)}")
         try:
-            vae = AutoencoderKLHunyuanVideo15.from_pretrained(directory, torch_dtype=dtype, local_files_only=True)
+            vae = CLASSES[found].from_pretrained(directory, torch_dtype=dtype, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{directory}: the VAE's weights cannot be loaded ({reason}); copy vae/ anew") from error

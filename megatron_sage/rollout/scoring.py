@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_sage.conditioning.codec import VideoCodec
+from megatron_sage.conditioning.codec import NonFiniteVideoError, VideoCodec
 from megatron_sage.parallel.sequence import gather
 from megatron_sage.rewards.protocol import Reward
 from megatron_sage.rollout.policy import VideoShape
@@ -50,16 +50,21 @@ def score(
     begin = time.perf_counter()
     ranks, rank = replica_group.size(), replica_group.rank()
     videos: dict[int, np.ndarray] = {}
+    broken: list[int] = []
     number = 0
     for x_SBC in latents:
         for video in whole_latents(x_SBC, shape, token_group):
             if number % ranks == rank:
-                videos[number] = codec.decode(video)
+                try:
+                    videos[number] = codec.decode(video)
+                except NonFiniteVideoError:
+                    broken.append(number)  # its reward is unknown: not a number, and counted as that
                 on_video()
             number += 1
     middle = time.perf_counter()
     mine = sorted(videos)
     table = np.zeros((len(reward.dimensions), number))
+    table[:, broken] = np.nan
     if mine:
         found = reward([videos[j] for j in mine], [prompts[j] for j in mine], fps)
         for row, name in enumerate(reward.dimensions):

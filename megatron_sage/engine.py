@@ -102,7 +102,7 @@ def encode_prompts(config: Config, engine: Engine, texts: list[str]) -> dict[str
         for text in wanted:
             if text not in cache:
                 cache.put(text, encoder.encode(text))
-    dist.barrier(group=engine.groups.world)
+    dist.barrier(group=dist.group.WORLD)
     conditions = {text: _condition(cache, text, engine) for text in wanted}
     return {text: Prompt(text, conditions[text], conditions[" "]) for text in texts}
 

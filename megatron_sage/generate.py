@@ -1,0 +1,96 @@
+"""`megatron-sage sample`: videos from prompts, at any layout."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from megatron_sage import parallel  # noqa: F401  (CPU backend before Megatron)
+from megatron_sage.config import Config, load_config, validate
+from megatron_sage.data.prompts import read_prompts
+from megatron_sage.engine import Engine, build_engine, encode_prompts, load_codec
+from megatron_sage.errors import UserError
+from megatron_sage.grpo.schedule import shifted_sigmas
+from megatron_sage.grpo.sde import step_coefficients
+from megatron_sage.parallel import groups as process_groups
+from megatron_sage.parallel import noise
+from megatron_sage.reporting.progress import Reporter
+from megatron_sage.reporting.video import write_mp4
+from megatron_sage.rollout.policy import Prompt
+from megatron_sage.rollout.sampler import StepTable, sample_latents
+from megatron_sage.rollout.scoring import whole_latents
+
+
+def main(argv: list[str]) -> int:
+    """Command line of `sample`; see `--help`."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-sage sample",
+        description="Sample videos by the ODE: sampler.num_steps, shift and guidance_scale of the config apply.",
+    )
+    parser.add_argument("config", help="YAML of a run: model, layout, video size, sampler")
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given again")
+    parser.add_argument("--prompts", help="a text file, one prompt a line; default: data.prompts of the config")
+    parser.add_argument("--samples", type=int, default=1, help="videos of each prompt")
+    parser.add_argument("--out", default="runs/samples", help="directory for the mp4 files and index.json")
+    parser.add_argument("--scale", type=int, default=1, help="enlarge every pixel this many times")
+    arguments = parser.parse_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if arguments.samples < 1 or arguments.scale < 1:
+        raise UserError(f"--samples {arguments.samples} --scale {arguments.scale}: both must be at least 1")
+    texts = arguments.prompt or read_prompts(arguments.prompts or config.data.prompts)
+    if config.precision.threads:
+        torch.set_num_threads(config.precision.threads)
+    layout = config.parallel
+    groups = process_groups.initialize(layout.tensor, layout.context, layout.pipeline, config.seed)
+    try:
+        engine = build_engine(config, groups)
+        prompts = encode_prompts(config, engine, texts)
+        _sample(config, engine, [prompts[text] for text in texts], arguments)
+    finally:
+        process_groups.shutdown()
+    return 0
+
+
+def _sample(config: Config, engine: Engine, prompts: list[Prompt], arguments: argparse.Namespace) -> None:
+    """Prompts are spread over the replicas, the decoding of one prompt's videos over a replica's ranks."""
+    reporter = Reporter(engine.groups.rank == 0)
+    sigmas = shifted_sigmas(config.sampler.num_steps, config.sampler.shift)
+    table = StepTable.build(sigmas, step_coefficients("ode", sigmas, 0.0))
+    codec = load_codec(config)
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    engine.model.eval()
+    mine = range(len(prompts))[engine.groups.dp_rank :: engine.groups.dp_size]
+    count, tp = arguments.samples, engine.groups.tp
+    with reporter.bar("sample", len(mine) * count * config.sampler.num_steps) as tick:
+        for number in mine:
+            for sample in range(count):
+                x_SBC = sample_latents(
+                    engine.velocity(),
+                    table,
+                    prompts[number],
+                    engine.shape,
+                    [sample],
+                    seed=config.seed,
+                    group=number,
+                    stream=noise.SAMPLE,
+                    device=engine.device,
+                    on_step=tick,
+                )
+                latents = whole_latents(x_SBC, engine.shape, engine.token_group)[0]
+                index = number * count + sample
+                if index % tp.size() == tp.rank():
+                    file = out / f"{index:04d}.mp4"
+                    write_mp4(file, codec.decode(latents), config.video.fps, scale=arguments.scale)
+    if engine.groups.rank == 0:
+        rows = [
+            {"file": f"{number * count + sample:04d}.mp4", "prompt": prompt.text}
+            for number, prompt in enumerate(prompts)
+            for sample in range(count)
+        ]
+        (out / "index.json").write_text(json.dumps(rows, indent=1) + "\n")
+        reporter.line(f"{len(rows)} videos in {out}")

@@ -1,0 +1,115 @@
+"""`megatron-sage train`: from a validated config to a finished run directory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sage import parallel  # noqa: F401  (CPU backend before Megatron)
+from megatron_sage.checkpoint.distributed import export_hf
+from megatron_sage.config import Config, dump
+from megatron_sage.data.prompts import read_prompts
+from megatron_sage.errors import UserError
+from megatron_sage.parallel import groups as process_groups
+from megatron_sage.reporting.report import write_report
+from megatron_sage.rewards.protocol import load_reward
+from megatron_sage.training import state
+from megatron_sage.engine import build_engine, encode_prompts, load_codec
+from megatron_sage.training.evaluation import evaluate
+from megatron_sage.training.metrics import MetricsLog, environment
+from megatron_sage.training.optimizer import build_optimizer, wrap
+from megatron_sage.reporting.progress import Reporter
+from megatron_sage.training.trainer import Trainer
+
+
+def train(config: Config) -> int:
+    """Run training from start (or the newest checkpoint) to end; the config has been validated. 0 when done."""
+    if config.precision.threads:
+        torch.set_num_threads(config.precision.threads)
+    layout = config.parallel
+    groups = process_groups.initialize(layout.tensor, layout.context, layout.pipeline, config.seed)
+    try:
+        _train(config, groups)
+    finally:
+        process_groups.shutdown()
+    return 0
+
+
+def _train(config: Config, groups: process_groups.Groups) -> None:
+    main = groups.rank == 0
+    reporter = Reporter(main)
+    directory = Path(config.output_dir)
+    _start_directory(directory, config, groups)
+    engine = build_engine(config, groups)
+    ddp = wrap(engine.model, groups)
+    optimizer = build_optimizer(config, ddp, engine.dtype)
+    texts = read_prompts(config.data.prompts)
+    held_out = read_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
+    prompts = encode_prompts(config, engine, [*texts, *held_out])
+    codec, reward = load_codec(config), load_reward(config.reward.function)
+    trainer = Trainer(engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter)
+    validation = [prompts[t] for t in held_out]
+    if config.training.resume:
+        state.load(trainer, directory / "checkpoints")
+    log = MetricsLog(directory, main, keep_below=trainer.iteration)
+    reporter.line(
+        f"{config.name}: {sum(p.numel() for p in engine.model.parameters()):,} parameters on each of {groups.world_size}"
+        f" ranks (TP {groups.tp_size} x DP {groups.dp_size}), {engine.shape.shard.num_tokens} video tokens"
+    )
+    if validation and trainer.iteration == 0:
+        evaluate("before", engine, validation, codec, reward, reporter)
+    _iterate(config, trainer, log, reporter)
+    if validation:
+        evaluate("after", engine, validation, codec, reward, reporter)
+    export_hf(engine.model, directory / "export" / "transformer", engine.model.config.to_diffusers())
+    if main:
+        reporter.line(f"report: {write_report(directory)}")
+    dist.barrier(group=dist.group.WORLD)
+
+
+def _iterate(config: Config, trainer: Trainer, log: MetricsLog, reporter: Reporter) -> None:
+    """All iterations, each with its line of metrics; a checkpoint at the end and every `save_interval`."""
+    checkpoints = Path(config.output_dir) / "checkpoints"
+    while trainer.iteration < config.training.iterations:
+        number = trainer.iteration
+        row, stop = trainer.run_iteration()
+        log.write({"iteration": number} | row)
+        reporter.line(_line(number, config.training.iterations, row))
+        due = config.training.save_interval and trainer.iteration % config.training.save_interval == 0
+        if due or stop or trainer.iteration == config.training.iterations:
+            state.save(trainer, checkpoints)
+        if stop:
+            raise UserError(
+                f"{config.reward.function}: more than half of the rewards were not finite in three iterations running; "
+                f"the run is saved in {checkpoints}: look at the reward model"
+            )
+
+
+def _line(number: int, total: int, row: dict[str, Any]) -> str:
+    def show(key: str, form: str) -> str:
+        return format(row[key], form) if key in row else "-"
+
+    return (
+        f"iteration {number + 1}/{total}  reward {show('reward/mean', '.4f')} ± {show('reward/std', '.4f')}"
+        f"  loss {show('loss', '.3e')}  kl {show('kl/position', '.2e')}  clip {show('clip_fraction', '.2f')}"
+        f"  grad {show('grad_norm', '.3f')}  {show('seconds/total', '.1f')} s"
+    )
+
+
+def _start_directory(directory: Path, config: Config, groups: process_groups.Groups) -> None:
+    """The run's directory with its config; refused where another run's results would be mixed with this one's."""
+    problem: list[str | None] = [None]
+    if groups.rank == 0:
+        if (directory / "metrics.jsonl").exists() and not config.training.resume:
+            problem = [
+                f"output_dir={directory}: holds a run already: choose another, delete it, or set training.resume=true"
+            ]
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "config.yaml").write_text(dump(config))
+            (directory / "environment.json").write_text(json.dumps(environment(groups.world_size), indent=1) + "\n")
+    dist.broadcast_object_list(problem, src=0, group=dist.group.WORLD)
+    if problem[0]:
+        raise UserError(problem[0])
