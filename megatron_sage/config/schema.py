@@ -82,9 +82,7 @@ class KlConfig:
     velocity_weight: float = 0.1  # weight of the KL to the policy that made the rollout (paper)
     anchor_interval: int = 10  # optimizer steps between two refreshes of the anchor (paper)
     step_kl: Literal["logprob", "closed_form"] = "logprob"  # estimator of the velocity KL (paper: eq. 15)
-    schedule: Literal["fixed", "two_stage"] = (
-        "two_stage"  # lambda: constant lambda_max, or warm-up then feedback (paper)
-    )
+    schedule: Literal["fixed", "two_stage"] = "two_stage"  # lambda_max throughout; or warm-up, then feedback (paper)
     lambda_min: float = 1e-7  # lower bound of lambda, start of the warm-up (paper)
     lambda_max: float = 1e-5  # upper bound of lambda, end of the warm-up (paper)
     warmup_steps: int = 20  # optimizer steps from lambda_min to lambda_max (ours)
