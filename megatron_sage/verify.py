@@ -135,8 +135,9 @@ def _save(model: HunyuanVideoDiT, result: Result, path: Path) -> None:
         with SafetensorsWriter(partial, specs) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
-            for name, tensor in gradients:
-                writer.write(f"grad.{name}", tensor)
+            for name, gradient in gradients:
+                assert gradient is not None  # this is rank 0
+                writer.write(f"grad.{name}", gradient)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -129,7 +129,7 @@ def diffusers_to_official(config: dict[str, Any]) -> dict[str, Any]:
     target_size, task = config.get("target_size"), config.get("task_type")
     config = HunyuanVideoConfig.from_diffusers(config).to_diffusers()
     channels, concat = config["in_channels"], config["in_channels"] % 2 == 1
-    resolutions = {size: name for name, size in TARGET_SIZES.items()}
+    resolutions: dict[int | None, str] = {size: name for name, size in TARGET_SIZES.items()}
     return OFFICIAL_CONSTANTS | {
         "_class_name": OFFICIAL_CLASS,
         "attn_mode": "flash",

@@ -116,7 +116,7 @@ def _progress(label: str, total: int) -> AbstractContextManager[Callable[[int], 
     return byte_progress(label, total, enabled=dist.get_rank() == 0)
 
 
-DIRECTIONS = {
+DIRECTIONS: dict[str, Callable[..., None]] = {
     "hf-to-megatron": hf_to_megatron,
     "megatron-to-hf": megatron_to_hf,
     "official-to-megatron": official_to_megatron,
@@ -135,10 +135,10 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed conversion removes its partial output
-    if args.direction.startswith("megatron-to"):
-        DIRECTIONS[args.direction](args.source, args.target, args.max_shard_bytes)
-    else:
-        DIRECTIONS[args.direction](args.source, args.target)
+    export = args.direction.startswith("megatron-to")
+    DIRECTIONS[args.direction](
+        args.source, args.target, **({"max_shard_bytes": args.max_shard_bytes} if export else {})
+    )
     return 0
 
 

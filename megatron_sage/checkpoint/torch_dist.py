@@ -56,7 +56,7 @@ class StreamingWriter(FileSystemWriter):
 
 def _write_item(file: BinaryIO, name: str, item: WriteItem, planner: SavePlanner) -> WriteResult:
     offset = file.tell()
-    data = planner.resolve_data(item)
+    data: Any = planner.resolve_data(item)
     if item.type == WriteItemType.BYTE_IO:
         file.write(data.getbuffer())
     else:
@@ -164,8 +164,8 @@ class MegatronDirectory:
     def _check_files(self, storage_data: dict[Any, Any]) -> None:
         ends: dict[str, tuple[int, str]] = {}
         for index, info in storage_data.items():
-            end = (info.offset + info.length, index.fqn)
-            ends[info.relative_path] = max(ends.get(info.relative_path, (0, "")), end)
+            last = (info.offset + info.length, index.fqn)
+            ends[info.relative_path] = max(ends.get(info.relative_path, last), last)
         for name, (end, key) in ends.items():
             path = self.directory / name
             if not path.is_file():

@@ -48,7 +48,7 @@ class Inputs:
 
     def to(self, device: torch.device) -> Inputs:
         """The same on another device."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         return Inputs(**{name: tensor if tensor is None else tensor.to(device) for name, tensor in tensors.items()})
 
     def forward_arguments(self) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ class Result:
     """Float32, on the CPU. `blocks[i][stream][sample]`: output [valid tokens, H] of block i; stream 0 is the video."""
 
     sample: Tensor  # [B, C_out, T, H, W]
-    input_gradient: Tensor | None = None  # of hidden_states
+    input_gradient: Tensor | None = None  # of hidden_states; None without grad_output
     blocks: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = field(default_factory=list)
 
 
@@ -34,8 +34,6 @@ def run_ours(model: HunyuanVideoDiT, inputs: Inputs, observe_blocks: bool = Fals
     """
     shard = model.image_shard(inputs.grid)
     result = Result(torch.zeros(inputs.batch, model.config.out_channels, *inputs.grid))
-    if inputs.grad_output is not None:
-        result.input_gradient = torch.zeros_like(inputs.hidden_states, device="cpu")
     for parameter in model.parameters():
         parameter.grad, parameter.main_grad = None, None  # type: ignore[attr-defined]
     for samples, text in inputs.micro_batches():
@@ -46,6 +44,9 @@ def run_ours(model: HunyuanVideoDiT, inputs: Inputs, observe_blocks: bool = Fals
         result.sample[samples] = _video(gather(velocity, shard, model.tp_group), inputs.grid)
         if inputs.grad_output is not None:
             velocity.backward(shard.shard(_tokens(inputs.grad_output[samples])).to(velocity.dtype))
+            if result.input_gradient is None:
+                result.input_gradient = torch.zeros_like(inputs.hidden_states, device="cpu")
+            assert video.grad is not None
             result.input_gradient[samples] = _video(gather(video.grad, shard, model.tp_group), inputs.grid)
             _accumulate(model)
     allreduce_replicated_gradients(model, model.tp_group)

@@ -46,7 +46,9 @@ class Reference:
 
     def __init__(self, directory: Path, device: torch.device) -> None:
         from diffusers import HunyuanVideo15Transformer3DModel
+        from diffusers.utils import logging
 
+        logging.disable_progress_bar()
         model = HunyuanVideo15Transformer3DModel.from_pretrained(directory, torch_dtype=torch.float32)
         self.model = model.to(device)
 
@@ -58,6 +60,7 @@ class Reference:
             block.register_forward_hook(lambda module, arguments, outputs: blocks.append(outputs))
             for block in self.model.transformer_blocks
         ]
+        assert inputs.grad_output is not None
         arguments = inputs.forward_arguments()
         hidden_states = arguments.pop("hidden_states").clone().requires_grad_()
         try:
@@ -66,6 +69,7 @@ class Reference:
             for hook in hooks:
                 hook.remove()
         sample.backward(inputs.grad_output)
+        assert hidden_states.grad is not None
         result = Result(sample.detach().cpu(), hidden_states.grad.cpu())
         lengths = _text_lengths(inputs)
         for video, text in blocks:
@@ -97,6 +101,7 @@ def compare_outputs(ours: Result, theirs: Result, tolerance: float, gradient_tol
             scale = max(float(b.abs().max()) for _, b in pairs)
             error = max(relative(a, b, scale) for a, b in pairs)
             checks.append(Check(f"block {index} {name}", error, tolerance))
+    assert ours.input_gradient is not None and theirs.input_gradient is not None
     error = relative(ours.input_gradient, theirs.input_gradient)
     checks.append(Check("gradient of hidden_states", error, gradient_tolerance))
     return checks
