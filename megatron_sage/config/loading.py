@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -54,10 +54,10 @@ def known_keys(cls: Any = Config, prefix: str = "") -> Iterator[str]:
             yield from known_keys(annotation, f"{prefix}{name}.")
 
 
-def nearest(word: str, choices: list[str]) -> str | None:
+def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The choice that `word` most likely stands for, letters' case ignored, or None."""
     by_lower = {choice.lower(): choice for choice in choices}
-    match = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    match = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
     return by_lower[match[0]] if match else None
 
 
@@ -192,15 +192,16 @@ def _choose(word: str, choices: list[str]) -> str:
 
 
 def _suggestion(key: str) -> str:
-    """The cure for an unknown key: the same name elsewhere, a similar one, or the keys that stand there."""
+    """The cure for an unknown key: a slip in this section, the same name elsewhere, a similar one, or what there is."""
     section, _, name = key.rpartition(".")
-    everything = list(known_keys())
-    elsewhere = [known for known in everything if known.rpartition(".")[2] == name]
-    siblings = [known for known in everything if known.rpartition(".")[0] == section]
-    leaves = {known.rpartition(".")[2]: known for known in everything}
-    match = elsewhere[0] if elsewhere else nearest(key, siblings) if name else None
-    close_leaf = nearest(name, list(leaves))
-    match = match or (leaves[close_leaf] if close_leaf else None) or nearest(key, everything)
+    everywhere = {known.rpartition(".")[2]: known for known in known_keys()}
+    here = {known.rpartition(".")[2]: known for known in known_keys() if known.rpartition(".")[0] == section}
+    match = (
+        here.get(nearest(name, here, cutoff=0.8) or "")
+        or everywhere.get(name)
+        or here.get(nearest(name, here) or "")
+        or everywhere.get(nearest(name, everywhere, cutoff=0.8) or "")
+    )
     return f"did you mean {match}?" if match else f"known here: {_some_keys(section)}"
 
 
