@@ -44,8 +44,10 @@ class Scale:
         """Round values inside the range: 1, 2 or 5 times a power of ten, or the decades."""
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-            step = max(1, math.ceil((last - first) / 5))
-            return [10.0**power for power in range(first, last + 1, step)]
+            if last - first < 2:
+                fine = [factor * 10.0**power for power in range(first - 1, last + 1) for factor in (1, 2, 5)]
+                return [tick for tick in fine if self.low <= tick <= self.high]
+            return [10.0**power for power in range(first, last + 1, math.ceil((last - first) / 5))]
         return nice_ticks(self.low, self.high)
 
 
@@ -58,8 +60,11 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """A number for people: `digits` significant digits, a real minus sign, a dash for what is unknown."""
+def number(value: float | None, digits: int = 4, strip: bool = True) -> str:
+    """A number for people: `digits` significant digits, a real minus sign, a dash for what is unknown.
+
+    `strip` drops zeros at the end; a column of a table keeps them.
+    """
     if value is None or not math.isfinite(value):
         return "–"
     if value and not 1e-3 <= abs(value) < 1e6:
@@ -68,7 +73,7 @@ def number(value: float | None, digits: int = 4) -> str:
         return f"{mantissa}e{int(exponent)}".replace("-", "−")
     places = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
     text = f"{value:.{places}f}"
-    text = text.rstrip("0").rstrip(".") if "." in text else text
+    text = text.rstrip("0").rstrip(".") if "." in text and strip else text
     return text.replace("-", "−")
 
 
@@ -186,7 +191,8 @@ def _axes(x_scale: Scale, y_scale: Scale, x_label: str, x_ticks: bool = True) ->
         for tick in whole:
             parts.append(f'<text x="{x_scale(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
                          f"{number(tick)}</text>")
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
+        bottom = HEIGHT - BOTTOM
+        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
     parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>')
     return "".join(parts)
 

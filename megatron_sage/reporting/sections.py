@@ -61,13 +61,13 @@ def headline(run: RunRecord) -> str:
     difference = run.evaluation.get("difference") or {}
     change = _value(difference.get("mean", after["mean"] - before["mean"]))
     error = _value(difference.get("stderr"))
-    kind = "up-text" if change >= 0 else "down-text"
     sureness = f' <span class="soft">({number(abs(change) / error, 2)} standard errors)</span>' if error > 0 else ""
+    old, new = (number(part["mean"], strip=False) for part in (before, after))
     prompts = len({sample.get("prompt") for sample in after.get("samples", [])})
     return f"""<section class="card headline"><div>
 <p class="what">Mean reward on {prompts} held-out prompts, before → after</p>
-<p class="numbers">{number(before["mean"])}<span class="arrow">→</span>{number(after["mean"])}</p>
-<p class="change {kind}">{signed(change)} ± {number(error, 2)}{sureness}</p>
+<p class="numbers">{old}<span class="arrow">→</span>{new}</p>
+<p class="change {_kind(change)}">{signed(change)} ± {number(error, 2)}{sureness}</p>
 <p class="soft">The same prompts and the same initial noise, sampled by the ODE. ± is the standard error of the
 paired difference.</p></div><div>{_dimension_table(run, before, after)}</div></section>"""
 
@@ -78,10 +78,9 @@ def _training_headline(run: RunRecord) -> str:
         return '<section class="card"><p>Neither a held-out evaluation nor a finite training reward.</p></section>'
     part = max(1, len(rewards) // 5)
     first, last = float(np.mean(rewards[:part])), float(np.mean(rewards[-part:]))
-    kind = "up-text" if last >= first else "down-text"
     return f"""<section class="card headline"><div><p class="what">Training reward, first → last {part} iterations</p>
 <p class="numbers">{number(first)}<span class="arrow">→</span>{number(last)}</p>
-<p class="change {kind}">{signed(last - first)}</p></div>
+<p class="change {_kind(last - first)}">{signed(last - first)}</p></div>
 <div><p class="soft">This run has no held-out evaluation before and after (evaluation.json): training prompts differ
 from iteration to iteration, so the numbers are not paired. Set evaluation.prompts to get them.</p></div></section>"""
 
@@ -92,11 +91,11 @@ def _dimension_table(run: RunRecord, before: dict[str, Any], after: dict[str, An
     rows = []
     for name in dict.fromkeys([*first, *last]):
         old, new = _value(first.get(name)), _value(last.get(name))
-        kind = "up-text" if new >= old else "down-text"
         meaning = f' <span class="soft">{MEANINGS[name]}</span>' if name in MEANINGS else ""
         weight = weights.get(name) if isinstance(weights, dict) else None
         rows.append(f"<tr><td>{escape(str(name))}{meaning}</td><td>{number(_value(weight), 3)}</td>"
-                    f'<td>{number(old)}</td><td>{number(new)}</td><td class="{kind}">{signed(new - old)}</td></tr>')
+                    f"<td>{number(old, 3, strip=False)}</td><td>{number(new, 3, strip=False)}</td>"
+                    f'<td class="{_kind(new - old)}">{_change(new - old)}</td></tr>')
     if not rows:
         return ""
     return ("<table><thead><tr><th>Dimension</th><th>weight</th><th>before</th><th>after</th><th>change</th></tr>"
@@ -134,9 +133,9 @@ def _clip(run: RunRecord, label: str, sample: dict[str, Any]) -> str:
                  f'{_base64(path)}"></video>')
     else:
         shown = f'<div class="missing">{escape(name) + " is missing" if name else "no video"}</div>'
-    scores = [f"{escape(key)} {number(_value(value), 3)}" for key, value in sample.items()
+    scores = [f"{escape(key)} {number(_value(value), 3, strip=False)}" for key, value in sample.items()
               if key not in ("file", "prompt", "index", "reward") and _is_number(value)]
-    reward = f" · reward <b>{number(_value(sample.get('reward')), 3)}</b>" if "reward" in sample else ""
+    reward = f" · reward <b>{number(_value(sample.get('reward')), 3, strip=False)}</b>" if "reward" in sample else ""
     detail = "<br>" + " · ".join(scores) if scores else ""
     return f"<figure>{shown}<figcaption>{label}{reward}{detail}</figcaption></figure>"
 
@@ -164,7 +163,7 @@ def curves(run: RunRecord) -> str:
                       Series(short(key), x, running_mean(column(key), window), i % 6))])),
         ("Loss", "policy loss, and with λ·KL",
          line_chart([Series("loss", x, column("loss"), 0), Series("policy", x, column("loss/policy"), 1)])),
-        ("KL", "to the moving anchor (position) and to the previous velocity field (velocity)",
+        ("KL", "of the policy against its moving anchor (position) and against the policy of the rollout (velocity)",
          line_chart([Series(name, x, column(f"kl/{name}"), i) for i, name in enumerate(("position", "velocity"))])),
         ("λ, weight of the KL", "", line_chart([Series("λ", x, column("lambda"), 0)])),
         ("Gradient norm", "before clipping", line_chart([Series("gradient norm", x, column("grad_norm"), 0)])),
@@ -178,7 +177,7 @@ def curves(run: RunRecord) -> str:
     changes = _changes(run)
     if changes:
         charts.insert(1, ("Change of each held-out sample", "reward after − before", change_bars(changes)))
-    cards = "".join(f'<div class="card"><h3>{escape(title)}</h3>'
+    cards = "".join(f'<div class="card chart"><h3>{escape(title)}</h3>'
                     + (f'<p class="note">{escape(note)}</p>' if note else "") + chart + "</div>"
                     for title, note, chart in charts)
     return f'<h2>Curves</h2><div class="grid">{cards}</div>'
@@ -225,6 +224,16 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def _base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _change(change: float) -> str:
+    """A change in a table: signed, to a thousandth."""
+    return f"{change:+.3f}".replace("-", "−") if math.isfinite(change) else "–"
+
+
+def _kind(change: float) -> str:
+    """Colour class of a change; none where it is too small to be shown."""
+    return "" if not abs(change) >= 0.0005 else "up-text" if change > 0 else "down-text"
 
 
 def _is_number(value: Any) -> bool:

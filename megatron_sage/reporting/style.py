@@ -19,6 +19,7 @@ h2 { font-size: 1.2rem; margin: 40px 0 14px; }
 h3 { font-size: .95rem; margin: 0 0 6px; }
 p { margin: 0 0 10px; } .lead { max-width: 75ch; } .soft, .note { color: var(--soft); font-size: .88rem; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 16px 18px; }
+.chart { display: flex; flex-direction: column; } .chart svg { margin-top: auto; }
 .grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); }
 .headline { display: grid; gap: 18px 36px; margin-top: 22px; align-items: center;
   grid-template-columns: minmax(0, 1.1fr) minmax(0, 1fr); }
