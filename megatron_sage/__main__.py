@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 import warnings
 from typing import NoReturn
 
@@ -23,6 +24,8 @@ COMMANDS = {
     "report": ("megatron_sage.reporting.report", "write a run's report.html"),
     "doctor": ("megatron_sage.doctor", "say what this machine has and what will be used"),
 }
+
+_SILENT_SECONDS = 10.0  # at most: torchrun ends a silent process once the speaking one has ended
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,6 +117,9 @@ def _report(error: UserError) -> int:
     if local_rank == "0" or started:
         prefix = "error" if rank == "0" else f"error (rank {rank})"
         print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    else:
+        # torchrun ends all processes as soon as one fails: a silent one that is faster would take the line with it.
+        time.sleep(_SILENT_SECONDS)
     return 2
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,11 @@ def test_world_size_comes_from_torchrun(capsys, monkeypatch, model):
 def test_one_process_of_a_machine_speaks(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
     assert main(["train", "seed=-1"]) == 2
     assert capsys.readouterr().err == ""
+    assert waited and waited[0] >= 1, "torchrun would end the speaking process before its line"
     monkeypatch.setenv("RANK", "8")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(["train", "seed=-1"]) == 2
