@@ -38,9 +38,11 @@ test-long: setup
 	@$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 lint: setup
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@failed=0; \
+	$(BIN)/ruff check --output-format concise . || failed=1; \
+	$(BIN)/ruff format --check --output-format concise . || failed=1; \
+	$(BIN)/mypy || failed=1; \
+	exit $$failed
 
 format: setup
 	@$(BIN)/ruff check --fix .
