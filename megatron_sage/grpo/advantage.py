@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-# Equal rewards computed in float32 differ by rounding; dividing by that residue would make advantages of thousands.
+# Equal rewards computed in float32 differ by rounding; dividing by that residue turns it into full-size advantages.
 STD_FLOOR = 1e-4
 STD_EPSILON = 1e-8
 

@@ -17,7 +17,13 @@ CLAMP = 3e-3
 
 @pytest.mark.parametrize(
     ("sde_type", "first_std"),
-    [("dance_grpo", 0.05103104), ("flow_grpo", 0.5), ("cps", 0.98958333 * math.sqrt(0.5)), ("sage_grpo", 0.55551286), ("ode", 0.0)],
+    [
+        ("dance_grpo", 0.05103104),
+        ("flow_grpo", 0.5),
+        ("cps", 0.98958333 * math.sqrt(0.5)),
+        ("sage_grpo", 0.55551286),
+        ("ode", 0.0),
+    ],
 )
 def test_known_first_std(sde_type, first_std):
     coefficients = step_coefficients(sde_type, shifted_sigmas(20, 5.0), 0.5)

@@ -56,9 +56,9 @@ def pretrained_weights(seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
         network = Velocity()
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
-    for _ in range(1500):
-        data = draw_data(256, generator)
-        noise, sigma = torch.randn(data.shape, generator=generator), torch.rand(256, 1, generator=generator)
+    for _ in range(1000):
+        data = draw_data(512, generator)
+        noise, sigma = torch.randn(data.shape, generator=generator), torch.rand(512, 1, generator=generator)
         loss = (network((1 - sigma) * data + sigma * noise, sigma) - (noise - data)).square().mean()
         optimizer.zero_grad()
         loss.backward()
