@@ -11,13 +11,14 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-TORCH ?=
+# What to hand pip for torch; remembered, so that it is said once. Empty: the CPU build.
+TORCH ?= $(shell cat $(STAMP)/torch 2>/dev/null)
 PYTHON ?=
 PYTEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON TORCH
 
-.PHONY: help setup quickstart test test-long lint format clean
+.PHONY: help setup quickstart test test-long lint format clean another-torch
 
 help:
 	@echo "make quickstart   set up, then train the tiny model and write runs/quickstart/report.html"
@@ -59,12 +60,16 @@ $(STAMP)/venv:
 
 $(STAMP)/torch: $(STAMP)/venv requirements-torch.txt
 	@bash tools/setup_env.sh torch $(VENV)
-	@touch $@
+	@echo "$(TORCH)" >$@
+
+ifneq ($(strip $(TORCH)),$(shell cat $(STAMP)/torch 2>/dev/null))
+$(STAMP)/torch: another-torch
+endif
 
 $(STAMP)/lock: $(STAMP)/torch requirements.lock
 	@bash tools/setup_env.sh lock $(VENV)
 	@touch $@
 
-$(STAMP)/package: $(STAMP)/lock setup.py pyproject.toml
+$(STAMP)/package: $(STAMP)/lock setup.py
 	@bash tools/setup_env.sh package $(VENV)
 	@touch $@

@@ -22,7 +22,7 @@ find_python() {
             return
         fi
     done
-    fail "Python 3.11 or 3.12 is needed, found $(python3 --version 2>&1 || true); name one: make setup PYTHON=/path/to/python3.11"
+    fail "Python 3.11 or 3.12 is needed, found ${PYTHON:-$(python3 --version 2>&1 || true)}; name one: make setup PYTHON=/path/to/python3.11"
 }
 
 make_venv() {
@@ -31,11 +31,11 @@ make_venv() {
         say "$venv is there"
         return
     fi
-    python=$(find_python)
+    python=$(find_python) || exit 2
     say "creating $venv with $("$python" --version)"
     # Debian splits ensurepip off into python3-venv; where it is missing, the system's pip fills the new environment.
     "$python" -m venv "$venv" >/dev/null 2>&1 ||
-        { "$python" -m venv --clear --without-pip "$venv" && "$python" -m pip -q --python "$venv/bin/python" install pip; } ||
+        { "$python" -m venv --clear --without-pip "$venv" && "$python" -m pip -qq --python "$venv/bin/python" install pip; } ||
         fail "$python can make no virtual environment with pip; on Debian: apt install python3-venv"
 }
 
@@ -50,6 +50,8 @@ install_torch() {
     read -ra wanted <<<"${TORCH:-}"
     if ((${#wanted[@]})); then
         say "installing ${wanted[*]}"
+        # A CPU build would satisfy the pin of a CUDA build of the same version, and stay.
+        "${pip[@]}" uninstall -qq -y torch 2>/dev/null || true
         pip_install "${wanted[@]}"
     elif "${pip[@]}" install -qq --dry-run --no-deps -r requirements-torch.txt >/dev/null 2>&1; then
         say "installing torch (CPU build)"
@@ -61,22 +63,25 @@ install_torch() {
 }
 
 install_lock() {
-    local total constraint
+    local total constraint terminal=0
+    [[ -t 1 ]] && terminal=1
     total=$(grep -c '==' requirements.lock)
     constraint=$venv/.stamp/torch.txt
     # The torch that is there is the only one that pip may consider: nothing can replace or double it.
     "$venv/bin/python" -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' >"$constraint"
     say "installing $total packages"
     pip_install --progress-bar off -r requirements.lock -c "$constraint" |
-        awk -v total="$total" '
+        awk -v total="$total" -v terminal="$terminal" '
             /^(Collecting|Processing|Requirement already satisfied)/ {
                 if (n < total) n++
                 name = $2 == "already" ? $4 : $2
                 sub(/.*\//, "", name)
-                printf "\r[setup] %d/%d %-50.50s", n, total, name; fflush()
+                if (terminal) printf "\r[setup] %d/%d %-50.50s", n, total, name
+                else if (n % 30 == 0 && n > shown) printf "[setup] %d/%d\n", shown = n, total
+                fflush()
             }
-            /^Installing collected/ { printf "\r[setup] unpacking %-60s", ""; fflush() }
-            END { printf "\r%-70s\r", "" }'
+            /^Installing collected/ { printf terminal ? "\r[setup] unpacking %-60s" : "[setup] unpacking%s\n", ""; fflush() }
+            END { if (terminal) printf "\r%-70s\r", "" }'
     say "packages are installed"
 }
 
