@@ -14,9 +14,9 @@ class TextCondition:
     A length may be 0 for `byt5_BLD` (no glyph text) and `image_BLD` (text-to-video), not for `qwen_BLD`.
     """
 
-    qwen_BLD: torch.Tensor  # noqa: N815
-    byt5_BLD: torch.Tensor  # noqa: N815
-    image_BLD: torch.Tensor  # noqa: N815
+    qwen_BLD: torch.Tensor
+    byt5_BLD: torch.Tensor
+    image_BLD: torch.Tensor
 
     @property
     def batch(self) -> int:

@@ -67,6 +67,8 @@ class HunyuanVideoConfig(TransformerConfig):
     target_size: int = 640
     task_type: str = "i2v"
     use_meanflow: bool = False
+    diffusers_version: str | None = None
+    """`_diffusers_version` of the config.json, kept so that it can be written back as it was."""
 
     def __post_init__(self) -> None:
         self.rope_axes_dim = tuple(self.rope_axes_dim)  # type: ignore[assignment]  # json has lists
@@ -108,6 +110,7 @@ class HunyuanVideoConfig(TransformerConfig):
         if recompute not in RECOMPUTE:
             raise UserError(f"recompute: {recompute!r} is not one of {', '.join(RECOMPUTE)}")
         fields = {**_DIFFUSERS_DEFAULTS, **given}
+        _check_types(fields)
         heads, head_dim = fields["num_attention_heads"], fields["attention_head_dim"]
         megatron: dict[str, Any] = {
             "num_layers": fields["num_layers"],
@@ -120,14 +123,17 @@ class HunyuanVideoConfig(TransformerConfig):
             "params_dtype": dtype,
             "bf16": dtype is torch.bfloat16,
             "fp16": dtype is torch.float16,
+            "diffusers_version": config.get("_diffusers_version"),
             **_FIXED,
             **_recompute_fields(recompute),
         }
         return cls(**{**megatron, **{key: fields[key] for key in _SAME_NAME}, **overrides})
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The `config.json` of the same model: all of diffusers' keys, and `_class_name`."""
+        """The `config.json` of the same model: all of diffusers' keys, and its bookkeeping."""
         values: dict[str, Any] = {"_class_name": DIFFUSERS_CLASS}
+        if self.diffusers_version is not None:
+            values["_diffusers_version"] = self.diffusers_version
         for key in _DIFFUSERS_DEFAULTS:
             name = {"attention_head_dim": "kv_channels"}.get(key, key)
             values[key] = getattr(self, name)
@@ -147,6 +153,7 @@ _FIXED: dict[str, Any] = {
     "layernorm_epsilon": 1e-6,
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
+    "cuda_graph_scope": [],  # the default is a deprecated spelling of this
     # pipeline stages and data-parallel replicas with different prompt lengths exchange differently long sequences
     "variable_seq_lengths": True,
     "moe_token_dispatcher_type": "alltoall",  # Megatron's condition for variable_seq_lengths, no expert is involved
@@ -159,6 +166,16 @@ def _recompute_fields(recompute: str) -> dict[str, Any]:
     if recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]}
     return {}
+
+
+def _check_types(fields: Mapping[str, Any]) -> None:
+    for key, default in _DIFFUSERS_DEFAULTS.items():
+        value = fields[key]
+        wanted = {float: (int, float), tuple: (list, tuple)}.get(type(default), (type(default),))
+        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+            raise UserError(f"config.json: {key} is {value!r}, expected a value like {default!r}")
+        if type(default) is int and int(value) < 1:
+            raise UserError(f"config.json: {key} is {value}, must be at least 1")
 
 
 def _validate(config: HunyuanVideoConfig) -> None:

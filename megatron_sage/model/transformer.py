@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -37,6 +38,7 @@ class HunyuanVideoDiT(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         _check_tensor_parallel_size(config, pg_collection)
+        self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
         self.pg_collection = pg_collection
         self.tp_group = pg_collection.tp
         self.x_embedder = PatchEmbedding(config)
@@ -57,6 +59,11 @@ class HunyuanVideoDiT(MegatronModule):
             for parameter in module.parameters():
                 parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.register_state_dict_post_hook(_drop_empty_extra_states)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Megatron's schedules hand a stage its input here; the only stage has none. Raises ValueError for one."""
+        if any(x is not None for x in (input_tensor if isinstance(input_tensor, list) else [input_tensor])):
+            raise ValueError("set_input_tensor: this model is a single pipeline stage and takes no input tensor")
 
     def forward(
         self,

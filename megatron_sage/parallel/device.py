@@ -15,6 +15,7 @@ Rules that the replacements obey:
 import contextlib
 import functools
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,7 @@ def install_cpu_backend() -> None:
     _answer_random_state_queries()
     _replace_streams()
     _translate_cuda_literals()
+    _silence_advice_for_gpus()
 
 
 def _do_nothing() -> Callable[..., None]:
@@ -132,3 +134,13 @@ def _constructor_without_cuda(original: Callable[..., torch.Tensor]) -> Callable
         return original(*args, **kwargs)
 
     return construct
+
+
+def _silence_advice_for_gpus() -> None:
+    """Warnings that megatron gives about CUDA libraries and collectives: nothing a user of this machine could heed."""
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings(
+        "ignore", message=".*environment variable CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning
+    )
+    # torch 2.13 renames the collectives that megatron-core 0.16 calls
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)

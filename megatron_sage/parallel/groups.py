@@ -107,6 +107,8 @@ def _start_world(timeout_seconds: int) -> None:
         return
     timeout = timedelta(seconds=timeout_seconds)
     if torch.cuda.is_available():
+        # Megatron overlaps collectives with GEMMs and relies on one hardware queue for their order
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend(), timeout=timeout)

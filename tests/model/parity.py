@@ -27,7 +27,7 @@ GRADIENT_TOLERANCE = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One batch. `qwen` and `byt5` hold each sample's valid text length; the padded lengths are 2 more than the longest."""
+    """One batch. `qwen` and `byt5` hold each sample's valid text length; the padded length is the longest plus 2."""
 
     grid: tuple[int, int, int] = (2, 3, 4)
     qwen: tuple[int, ...] = (6, 6)
@@ -252,8 +252,8 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor:
 def _scale(name: str, expected: dict[str, torch.Tensor]) -> torch.Tensor:
     """What an error of this gradient is measured by: the largest entry of the whole tensor.
 
-    The refiner's key bias shifts all logits of a query alike (no qk norm, no RoPE there): its true gradient is zero, what
-    is computed is rounding. The query bias next to it tells the scale.
+    The refiner's key bias shifts all logits of a query alike (no qk norm, no RoPE there): its true gradient is zero,
+    what is computed is rounding. The query bias next to it tells the scale.
     """
     if "refiner_blocks" in name and name.endswith("attn.to_k.bias"):
         name = name.replace("to_k", "to_q")
