@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from megatron_sage.grpo.advantage import NonFiniteGuard, group_advantages
@@ -111,6 +111,7 @@ def test_shift_and_scale_do_not_matter(rewards, shift, scale):
 
 
 @given(st.lists(st.floats(width=64), min_size=2, max_size=6))
+@example([1e308, -1e308, 1.7e308, 0.0])
 def test_advantages_are_finite_and_bounded_for_any_float(rewards):
     """By Cauchy-Schwarz no standardised value exceeds (G-1)/sqrt(G); rewards of 1e308 must not overflow."""
     result = group_advantages([rewards])
@@ -119,6 +120,10 @@ def test_advantages_are_finite_and_bounded_for_any_float(rewards):
     assert (result.advantages[~result.mask] == 0).all()
     assert result.nonfinite == sum(not math.isfinite(r) for r in rewards)
     assert result.dropped_groups == int(len(rewards) - result.nonfinite < 2)
+
+
+def test_huge_rewards_keep_their_order():
+    assert torch.equal(group_advantages([[1e308, -1e308, 0.0]]).advantages, torch.tensor([[1.0, -1.0, 0.0]]).double())
 
 
 @given(rewards_of_a_group, st.randoms(use_true_random=False))

@@ -72,6 +72,16 @@ def test_padding_gets_no_gradient():
     assert (velocity.grad[5:] == 0).all() and (velocity.grad[:5] != 0).all()
 
 
+def test_half_precision_velocities_and_states_are_computed_with_in_float32():
+    x, velocity, target = _tokens(0, torch.bfloat16), _tokens(1, torch.bfloat16), _tokens(2, torch.bfloat16)
+    mean = step_mean(x, velocity, 0.9, -0.1)
+    assert mean.dtype == torch.float32
+    assert torch.equal(mean, step_mean(x.float(), velocity.float(), 0.9, -0.1))
+    assert torch.equal(step_mean(x.float(), velocity, 0.9, -0.1), mean)
+    assert torch.equal(squared_error_sum(x, target), squared_error_sum(x.float(), target.float()))
+    assert step_mean(x.double(), velocity, 0.9, -0.1).dtype == torch.float64
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sde_type", ["dance_grpo", "flow_grpo", "sage_grpo", "cps"])
 def test_ratio_is_one_before_the_first_update(sde_type, dtype):
