@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     _check_settings(settings, args)
     parallel, precision = settings.parallel, settings.precision
     directory = transformer_directory(args.directory)
+    started_here = not dist.is_initialized()
     try:
         groups = initialize(tensor=parallel.tensor, seed=args.seed)
     except ValueError as error:
@@ -74,7 +75,8 @@ def main(argv: Sequence[str]) -> int:
             return _run_given(model, inputs, args.save, console)
         return _compare(model, directory, args, console)
     finally:
-        shutdown()
+        if started_here:
+            shutdown()
 
 
 def _parser() -> OneLineParser:

@@ -197,10 +197,13 @@ def _check_format(directory: Path) -> None:
         raise UserError(f"{path}: sharded_backend is {backend!r}; only 'torch_dist' checkpoints are read")
 
 
-def first_failure(directory: Path, failure: CheckpointException) -> UserError:
-    """The error of the first rank that failed, as one line."""
+def first_failure(directory: Path, failure: CheckpointException) -> BaseException:
+    """What to raise for a collective checkpoint operation that failed: the first failing rank's error in one line.
+
+    An interruption stays one.
+    """
     rank, (error, _) = min(failure.failures.items())
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) or not isinstance(error, Exception):
         return error
     first_line = str(error).splitlines()[0] if str(error) else ""
     return UserError(f"{directory}: rank {rank}: {type(error).__name__}: {first_line}")

@@ -48,8 +48,9 @@ class Inputs:
 
     def to(self, device: torch.device) -> Inputs:
         """The same on another device."""
-        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Inputs(**{name: tensor if tensor is None else tensor.to(device) for name, tensor in tensors.items()})
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {n: t if t is None else t.to(device) for n, t in tensors.items()}
+        return Inputs(**moved)
 
     def forward_arguments(self) -> dict[str, Tensor]:
         """Keyword arguments for diffusers' forward; masks as integers."""
