@@ -17,8 +17,10 @@ NO_NOISE = -30.0  # log-variance: the posterior is its mode
 class PatchCodec(ModelMixin, ConfigMixin):
     """Video [B, 3, F, H, W] in [-1, 1] <-> latents [B, 32, (F-1)/4+1, H/16, W/16], without randomness.
 
-    Every latent voxel is a small network of its own patch of pixels and of its eight spatial neighbours. Like the
-    VAE it takes 4n + 1 frames; the first frame stands alone in the first latent frame.
+    Every latent voxel is a small network of its own patch of pixels and of its eight spatial neighbours. A patch is
+    written as two colours blended by a soft mask (block truncation coding with a learned mask): sharp edges then
+    need only a smooth mask before its sigmoid, which a small network can give. Like the VAE it takes 4n + 1 frames;
+    the first frame stands alone in the first latent frame.
     """
 
     @register_to_config
@@ -45,7 +47,7 @@ class PatchCodec(ModelMixin, ConfigMixin):
             nn.SiLU(),
             nn.Conv3d(hidden, hidden, 1),
             nn.SiLU(),
-            nn.Conv3d(hidden, patch, 1),
+            nn.Conv3d(hidden, self.time * self.space**2 + 6, 1),  # mask of every pixel, two colours
         )
 
     def encode(self, x: torch.Tensor) -> AutoencoderKLOutput:
@@ -65,6 +67,9 @@ class PatchCodec(ModelMixin, ConfigMixin):
         t, s = self.time, self.space
         patches = self.decoder(z)
         batch, _, frames, rows, columns = patches.shape
-        blocks = patches.reshape(batch, 3, t, s, s, frames, rows, columns).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        mask, low, high = patches.split([t * s * s, 3, 3], dim=1)
+        mask = mask.sigmoid().reshape(batch, 1, t, s, s, frames, rows, columns)
+        low, high = (colour.reshape(batch, 3, 1, 1, 1, frames, rows, columns) for colour in (low, high))
+        blocks = (low + mask * (high - low)).permute(0, 1, 5, 2, 6, 3, 7, 4)
         video = blocks.reshape(batch, 3, frames * t, rows * s, columns * s)
         return DecoderOutput(sample=video[:, :, t - 1 :])

@@ -25,6 +25,19 @@ class MicroTrajectory:
     advantage_B: torch.Tensor | None = None  # float32 [B]
     trained_B: torch.Tensor | None = None  # bool [B]; False: non-finite reward, no gradient
 
+    def keep(self, trained_B: torch.Tensor) -> None:
+        """Say which samples are trained on; the others' tensors become zeros.
+
+        A zero weight in the loss is not enough: where a dropped sample's latents are nan, zero times nan would put
+        nan into every weight's gradient.
+        """
+        self.trained_B = trained_B
+        if bool(trained_B.all()):
+            return
+        self.latents_SBC = [torch.where(trained_B[None, :, None], x, 0.0) for x in self.latents_SBC]
+        self.velocity_SBC = {i: torch.where(trained_B[None, :, None], v, 0.0) for i, v in self.velocity_SBC.items()}
+        self.log_prob_B = {i: torch.where(trained_B, p, 0.0) for i, p in self.log_prob_B.items()}
+
     @property
     def final_SBC(self) -> torch.Tensor:
         """The latents of the finished videos."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from megatron_sage.checkpoint import torch_dist
 from megatron_sage.errors import UserError
 from megatron_sage.training.trainer import Trainer
 
@@ -59,7 +60,7 @@ def save(trainer: Trainer, directory: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(group=dist.group.WORLD)
-    dist_checkpointing.save(_sharded_state(trainer, loading=False) | {"plain": _plain_state(trainer)}, str(partial))
+    torch_dist.save(_sharded_state(trainer, loading=False) | {"plain": _plain_state(trainer)}, partial)
     dist.barrier(group=dist.group.WORLD)
     if main:
         shutil.rmtree(final, ignore_errors=True)

@@ -162,7 +162,7 @@ class Trainer:
         for number, trajectory in enumerate(trajectories):
             group, samples = number // per_group, trajectory.samples
             trajectory.advantage_B = found.advantages[group, samples].float().to(self.engine.device)
-            trajectory.trained_B = found.finite[group, samples].to(self.engine.device)
+            trajectory.keep(found.mask[group, samples].to(self.engine.device))
         counts = torch.tensor([found.zero_std_groups, found.dropped_groups], device=self.engine.device)
         dist.all_reduce(counts, group=self.engine.groups.dp)
         row |= dict(zip(("reward/zero_std_groups", "reward/dropped_groups"), counts.tolist(), strict=True))
@@ -238,16 +238,18 @@ class Trainer:
         count, _, _, position, velocity, _ = sums.tolist()
         if count == 0:
             return []  # a step on zero gradients would still move the weights by momentum and decay
-        successful, norm, _ = self.optimizer.step()
-        if not successful or not math.isfinite(norm):
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):  # before the step: clipping by it would write nan into every weight
             raise UserError(
-                f"optimizer step {self.optimizer_steps + 1}: gradient norm is {norm}: lower optimizer.lr or look at "
-                "ratio/initial_deviation in metrics.jsonl"
+                f"optimizer step {self.optimizer_steps + 1}: gradient norm is {norm}: lower optimizer.lr; the weights "
+                "are still those of the step before, the newest checkpoint can be resumed"
             )
+        self.optimizer.step()
         self.optimizer_steps += 1
         kl = self.engine.config.kl
         if kl.strategy != "none":
             self.controller.update((kl.position_weight * position + kl.velocity_weight * velocity) / count)
         if self.anchor is not None and self.optimizer_steps % kl.anchor_interval == 0:
             self.anchor.refresh(self.engine.model)
-        return [float(norm)]
+        return [norm]

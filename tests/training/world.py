@@ -1,0 +1,114 @@
+"""A random tiny world in the diffusers layout, and jobs that train on it: everything but trained weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+PROMPTS = ["a red circle moving left slowly", "a blue square moving up quickly, then nothing", "a green triangle"]
+TRANSFORMER = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "num_layers": 2,
+    "num_refiner_layers": 1,
+    "rope_axes_dim": (4, 6, 6),
+    "text_embed_dim": 24,
+    "text_embed_2_dim": 16,
+    "image_embed_dim": 16,
+    "task_type": "t2v",
+}
+
+
+class BrightnessReward:
+    """A reward of random videos that differs from sample to sample; its dimensions are VQ, MQ and TA."""
+
+    dimensions = ("VQ", "MQ", "TA")
+
+    def __call__(self, videos: list[np.ndarray], prompts: list[str], fps: float) -> dict[str, np.ndarray]:
+        mean = np.array([video.mean() / 255 for video in videos])
+        spread = np.array([video.std() / 255 for video in videos])
+        return {"VQ": mean, "MQ": spread, "TA": mean - spread}
+
+
+class BrokenReward(BrightnessReward):
+    """Never finite."""
+
+    def __call__(self, videos: list[np.ndarray], prompts: list[str], fps: float) -> dict[str, np.ndarray]:
+        return {name: np.full(len(videos), np.nan) for name in self.dimensions}
+
+
+def build(root: Path, seed: int = 0) -> Path:
+    """Random weights seeded from numpy, small enough to train in seconds; returns the diffusers root."""
+    from diffusers import HunyuanVideo15Transformer3DModel
+
+    from megatron_sage.checkpoint.convert import hf_to_megatron
+    from megatron_sage.conditioning.patch_codec import PatchCodec
+    from megatron_sage.conditioning.words import WordEncoder
+
+    rng = np.random.default_rng(seed)
+    transformer, codec = HunyuanVideo15Transformer3DModel(**TRANSFORMER), PatchCodec(hidden=16)
+    with torch.no_grad():
+        for module, scale in ((transformer, 0.05), (codec, 0.2)):
+            for name, parameter in module.named_parameters():
+                value = torch.from_numpy(rng.standard_normal(parameter.shape, dtype=np.float32)) * scale
+                parameter.copy_(value + 1 if "norm" in name and name.endswith("weight") and value.ndim == 1 else value)
+    transformer.save_pretrained(root / "hf" / "transformer")
+    codec.save_pretrained(root / "hf" / "vae")
+    WordEncoder(dim=24, dim_2=16).save_pretrained(root / "hf" / "text_encoder")
+    (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    hf_to_megatron(root / "hf", root / "megatron")
+    return root / "hf"
+
+
+def settings(root: Path, output: str, **changes: Any) -> dict[str, Any]:
+    """Overrides of a run of three iterations on `build(root)`'s world; 5 latent frames of 1x3: 15 tokens, an odd number."""
+    base: dict[str, Any] = {
+        "name": output,
+        "output_dir": str(root / output),
+        "seed": 3,
+        "model.pretrained": str(root / "hf"),
+        "model.weights": str(root / "megatron"),
+        "precision.dtype": "fp32",
+        "precision.threads": 1,
+        "video.frames": 17,
+        "video.height": 16,
+        "video.width": 48,
+        "video.fps": 16,
+        "sampler.num_steps": 4,
+        "sampler.shift": 3.0,
+        "sampler.guidance_scale": 2.0,
+        "sampler.micro_batch": 2,
+        "grpo.group_size": 4,
+        "grpo.prompts_per_iteration": 2,
+        "grpo.updates_per_rollout": 2,
+        "kl.anchor_interval": 3,
+        "kl.lambda_max": 0.01,
+        "reward.function": "tests.training.world:BrightnessReward",
+        "optimizer.lr": 1e-4,
+        "data.prompts": str(root / "prompts.txt"),
+        "training.iterations": 3,
+    }
+    return base | changes
+
+
+def overrides(values: dict[str, Any]) -> list[str]:
+    """As the command line writes them."""
+    return [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in values.items()]
+
+
+def train_job(arguments: list[str], world_size: int) -> dict[str, Any]:
+    """Train on this rank; what the run left behind."""
+    from safetensors.torch import load_file
+
+    from megatron_sage.config import load_config, validate
+    from megatron_sage.training.run import train
+
+    config = load_config(None, arguments)
+    validate(config, world_size)
+    train(config)
+    directory = Path(config.output_dir)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    weights = load_file(directory / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
+    return {"rows": rows, "weights": {name: value.numpy() for name, value in weights.items()}}
