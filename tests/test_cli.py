@@ -27,8 +27,9 @@ def model(tmp_path: Path) -> list[str]:
     ):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(content))
+    (tmp_path / "text_encoder").mkdir()
     (tmp_path / "prompts.txt").write_text("a blue square moves up\n")
-    return [f"model.pretrained={tmp_path}", f"data.prompts={tmp_path / 'prompts.txt'}"]
+    return [f"model.pretrained={tmp_path}", f"model.weights={tmp_path}", f"data.prompts={tmp_path / 'prompts.txt'}"]
 
 
 @pytest.mark.parametrize(

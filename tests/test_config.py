@@ -25,8 +25,14 @@ def files(tmp_path: Path) -> list[str]:
     architecture = {"_class_name": "HunyuanVideo15Transformer3DModel", "num_attention_heads": 8}
     (tmp_path / "model" / "transformer" / "config.json").write_text(json.dumps(architecture))
     (tmp_path / "model" / "vae" / "config.json").write_text("{}")
+    for part in ("model/text_encoder", "weights"):
+        (tmp_path / part).mkdir()
     (tmp_path / "prompts.txt").write_text("a red circle moves left\n")
-    return [f"model.pretrained={tmp_path / 'model'}", f"data.prompts={tmp_path / 'prompts.txt'}"]
+    return [
+        f"model.pretrained={tmp_path / 'model'}",
+        f"model.weights={tmp_path / 'weights'}",
+        f"data.prompts={tmp_path / 'prompts.txt'}",
+    ]
 
 
 def refusal(overrides: list[str], path: Path | None = None, world_size: int = 1) -> str:
@@ -205,7 +211,8 @@ RULES = [
     ("reward.weights={ta: 1}", "did you mean TA? choose from VQ, MQ, TA"),
     ("model.pretrained=''", "must name a model directory"),
     ("model.pretrained=/nowhere", "has no transformer/config.json"),
-    ("model.weights=/nowhere", "no such directory"),
+    ("model.weights=/nowhere", "no such directory; make it: megatron-sage convert hf-to-megatron"),
+    ("model.weights=null", "must name a Megatron checkpoint directory"),
     ("data.prompts=''", "must name a text file"),
     ("data.prompts=/nowhere.txt", "no such file"),
     ("evaluation.prompts=/nowhere.txt", "no such file"),
@@ -273,6 +280,11 @@ def test_unusable_files(files, tmp_path):
     assert "not readable as UTF-8" in refusal(files)
     (tmp_path / "model" / "vae" / "config.json").unlink()
     assert "has no vae/config.json" in refusal(files)
+
+
+def test_a_model_without_text_encoder(files, tmp_path):
+    (tmp_path / "model" / "text_encoder").rmdir()
+    assert "has no text_encoder/" in refusal(files)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ class ModelConfig:
     """Where the policy comes from."""
 
     pretrained: str = ""  # directory in the diffusers layout: transformer/config.json, vae/, text_encoder/
-    weights: str | None = None  # Megatron checkpoint directory (`convert hf-to-megatron`)
+    weights: str | None = None  # Megatron checkpoint directory (made by `convert hf-to-megatron`); required
 
 
 @dataclass

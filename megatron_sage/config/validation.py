@@ -191,10 +191,14 @@ def _check_files(config: Config) -> None:
         _refuse("model.pretrained", root, f"has no transformer/config.json ({transformer}); name the model's root")
     if not (Path(root) / "vae" / "config.json").is_file():
         _refuse("model.pretrained", root, "has no vae/config.json; name the model's root, not its transformer")
+    if not (Path(root) / "text_encoder").is_dir():
+        _refuse("model.pretrained", root, "has no text_encoder/; name the model's root")
     _check_architecture(config, transformer)
-    weights = config.model.weights
-    if weights is not None and not Path(weights).is_dir():
-        _refuse("model.weights", weights, "no such directory; make it with `megatron-sage convert hf-to-megatron`")
+    weights, cure = config.model.weights, f"make it: megatron-sage convert hf-to-megatron {root} DIRECTORY"
+    if not weights:
+        _refuse("model.weights", weights, f"must name a Megatron checkpoint directory; {cure}")
+    elif not Path(weights).is_dir():
+        _refuse("model.weights", weights, f"no such directory; {cure}")
     _check_prompts("data.prompts", config.data.prompts)
     if config.evaluation.prompts is not None:
         _check_prompts("evaluation.prompts", config.evaluation.prompts)
