@@ -68,7 +68,7 @@ def coverage(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, start
     """Where the form of one clip is, float64 [frames, HEIGHT, WIDTH, 1] in [0, 1]; it stays whole in the frame."""
     direction = np.array(DIRECTIONS[scene.direction], dtype=np.float64)
     travel = SPEEDS[scene.speed] * rng.uniform(0.9, 1.1)
-    radius = rng.uniform(5.0, 6.5)
+    radius = rng.uniform(6.2, 7.0)
     before, after = (np.array(reach) * radius for reach in REACH[scene.form])
     low = before + np.maximum(-direction, 0) * travel
     high = np.array([WIDTH, HEIGHT]) - after - np.maximum(direction, 0) * travel
