@@ -174,7 +174,7 @@ def _check_types(fields: Mapping[str, Any]) -> None:
         wanted = {float: (int, float), tuple: (list, tuple)}.get(type(default), (type(default),))
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
             raise UserError(f"config.json: {key} is {value!r}, expected a value like {default!r}")
-        if type(default) is int and int(value) < 1:
+        if type(default) is int and isinstance(value, int) and value < 1:
             raise UserError(f"config.json: {key} is {value}, must be at least 1")
 
 

@@ -53,11 +53,14 @@ def run_on_ranks(world_size: int, function: str, *, timeout: float = DEFAULT_TIM
     return _pool.run(world_size, function, kwargs, timeout)
 
 
-class _Pool:
+class WorkerPool:
+    """Workers that outlive their jobs. Tests share one, through `run_on_ranks`."""
+
     def __init__(self) -> None:
         self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
     def run(self, world_size: int, function: str, kwargs: dict[str, Any], timeout: float) -> list[Any]:
+        """See `run_on_ranks`."""
         self._grow(world_size)
         connections = [connection for _, connection in self._workers[:world_size]]
         with tempfile.TemporaryDirectory(prefix="gloo_") as directory:
@@ -72,7 +75,7 @@ class _Pool:
 
     def _collect(self, connections: list[Connection], function: str, timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
-        failure: tuple[int, BaseException, str] | None = None
+        failures: list[tuple[float, int, BaseException, str]] = []
         deadline = time.monotonic() + timeout
         pending = {connection: rank for rank, connection in enumerate(connections)}
         while pending:
@@ -83,15 +86,17 @@ class _Pool:
             for connection in ready:
                 rank = pending.pop(connection)
                 try:
-                    ok, value, text = pickle.loads(connection.recv_bytes())
+                    failed_at, value, text = pickle.loads(connection.recv_bytes())
                 except EOFError as error:
                     raise EOFError(f"{function}: the worker of rank {rank} died") from error
-                if ok:
+                if failed_at is None:
                     results[rank] = value
-                elif failure is None:  # the first one to fail is the reason, the others lost their peer
-                    failure = (rank, value, text)
-        if failure is not None:
-            rank, error, text = failure
+                else:
+                    failures.append((failed_at, rank, value, text))
+        if failures:
+            # The first one to fail is the reason, the others lost their peer. Arrival does not tell: the machine's
+            # monotonic clock, one for all processes, does.
+            _, rank, error, text = min(failures, key=lambda failure: failure[0])
             raise error from RemoteTracebackError(f"rank {rank} of {function}:\n{text}")
         return [results[rank] for rank in range(len(connections))]
 
@@ -114,6 +119,7 @@ class _Pool:
         time.sleep(1.0)
 
     def close(self) -> None:
+        """End all workers."""
         for process, connection in self._workers:
             connection.close()
             process.kill()
@@ -175,13 +181,14 @@ def _answer(
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )
-        try:
-            value = target(**kwargs)
-        finally:
-            _leave_world()
-        return pickle.dumps((True, value, ""))
-    except BaseException as error:  # the test has to learn of everything, SystemExit included
+    except BaseException as error:
         return _pickled_error(error)
+    try:
+        answer = pickle.dumps((None, target(**kwargs), ""))
+    except BaseException as error:  # the test has to learn of everything, SystemExit included
+        answer = _pickled_error(error)
+    _leave_world()
+    return answer
 
 
 def _leave_world() -> None:
@@ -201,14 +208,14 @@ def _resolve(function: str) -> Callable[..., Any]:
 
 
 def _pickled_error(error: BaseException) -> bytes:
-    text = traceback.format_exc()
+    failed_at, text = time.monotonic(), traceback.format_exc()
     try:
-        payload = pickle.dumps((False, error, text))
+        payload = pickle.dumps((failed_at, error, text))
         pickle.loads(payload)  # some exceptions pickle but cannot be built again
         return payload
     except Exception:
-        return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}"), text))
+        return pickle.dumps((failed_at, RuntimeError(f"{type(error).__name__}: {error}"), text))
 
 
-_pool = _Pool()
+_pool = WorkerPool()
 atexit.register(_pool.close)

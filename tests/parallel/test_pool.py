@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.parallel.pool import RemoteTracebackError, run_on_ranks
+from tests.parallel.pool import RemoteTracebackError, WorkerPool, run_on_ranks
 
 
 def rank_plus_sum(offset: int) -> tuple[int, int, int]:
@@ -58,11 +58,15 @@ def test_an_exception_is_raised_again_with_the_workers_traceback() -> None:
 
 
 def test_a_hang_ends_and_the_next_job_gets_new_workers() -> None:
-    before = run_on_ranks(2, "tests.parallel.test_pool:rank_plus_sum", offset=0)
-    with pytest.raises(TimeoutError, match=r"ranks \[0\] gave no answer in 1 s"):
-        run_on_ranks(2, "tests.parallel.test_pool:wait_on_one_rank", timeout=1, seconds=60)
-    after = run_on_ranks(2, "tests.parallel.test_pool:rank_plus_sum", offset=0)
-    assert not {result[2] for result in before} & {result[2] for result in after}
+    pool = WorkerPool()  # the shared one stays warm for the other tests
+    try:
+        before = pool.run(2, "tests.parallel.test_pool:rank_plus_sum", {"offset": 0}, 120)
+        with pytest.raises(TimeoutError, match=r"ranks \[0\] gave no answer in 1 s"):
+            pool.run(2, "tests.parallel.test_pool:wait_on_one_rank", {"seconds": 60}, 1)
+        after = pool.run(2, "tests.parallel.test_pool:rank_plus_sum", {"offset": 0}, 120)
+        assert not {result[2] for result in before} & {result[2] for result in after}
+    finally:
+        pool.close()
 
 
 def test_more_ranks_than_the_pool_has_are_refused() -> None:
