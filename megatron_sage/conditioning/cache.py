@@ -45,16 +45,20 @@ class EmbeddingCache:
         """Read an entry, every byte checked; CacheError, in one line, where it cannot be trusted."""
         path = self.path(text)
         if not path.is_file():
-            raise CacheError(f"embedding cache {self.directory}: no entry for prompt {text!r} by this encoder; "
-                             "encode the prompts first, or correct data.embedding_cache")
+            raise CacheError(
+                f"embedding cache {self.directory}: no entry for prompt {text!r} by this encoder; "
+                "encode the prompts first, or correct data.embedding_cache"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise CacheError(f"{path}: not a prompt embedding (format {metadata.get('format')!r}); delete it")
                 if (metadata.get("text"), metadata.get("fingerprint")) != (text, self.fingerprint):
-                    raise CacheError(f"{path}: holds prompt {metadata.get('text')!r} of another encoder or name; "
-                                     "delete it and encode anew")
+                    raise CacheError(
+                        f"{path}: holds prompt {metadata.get('text')!r} of another encoder or name; "
+                        "delete it and encode anew"
+                    )
                 missing = set(FIELDS) ^ set(file.keys())
                 if missing:
                     raise CacheError(f"{path}: missing or unknown tensors: {', '.join(sorted(missing))}; delete it")

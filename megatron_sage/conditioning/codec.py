@@ -55,8 +55,10 @@ class VideoCodec:
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """[C, T, h, w] of a clip's latents; UserError, in one line, for sizes that this VAE cannot take."""
         if frames < 1 or (frames - 1) % self.temporal:
-            raise UserError(f"video.frames={frames}: expected {self.temporal}n+1, e.g. "
-                            f"{max(frames - 1, 0) // self.temporal * self.temporal + 1}")
+            raise UserError(
+                f"video.frames={frames}: expected {self.temporal}n+1, e.g. "
+                f"{max(frames - 1, 0) // self.temporal * self.temporal + 1}"
+            )
         for name, size in (("height", height), ("width", width)):
             if size < 1 or size % self.spatial:
                 raise UserError(f"video.{name}={size}: expected a multiple of {self.spatial}")

@@ -27,8 +27,10 @@ class PromptEmbedding:
         )
         for name, states, mask in streams:
             if states.ndim != 2 or mask.shape != states.shape[:1]:
-                raise UserError(f"{name} {list(states.shape)} with mask {list(mask.shape)}: "
-                                "expected [tokens, features] and [tokens] of one prompt, without a batch axis")
+                raise UserError(
+                    f"{name} {list(states.shape)} with mask {list(mask.shape)}: "
+                    "expected [tokens, features] and [tokens] of one prompt, without a batch axis"
+                )
         if not bool((self.encoder_attention_mask != 0).any()):
             raise UserError("encoder_attention_mask: no valid token; even an empty prompt must keep one")
 

@@ -19,8 +19,9 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(f"{path}: cannot read the prompts ({error.strerror}); expected a text file, "
-                        "one prompt a line") from error
+        raise UserError(
+            f"{path}: cannot read the prompts ({error.strerror}); expected a text file, one prompt a line"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); expected one prompt a line") from error
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
@@ -65,6 +66,8 @@ class PromptCursor:
         """Go on from a saved position; UserError if the prompts or the seed have changed, for the order would too."""
         for key in ("num_prompts", "seed"):
             if state[key] != getattr(self, key):
-                raise UserError(f"resume: {key} was {state[key]} and is {getattr(self, key)} now: "
-                                "the order of the prompts would change; keep it, or start a new run")
+                raise UserError(
+                    f"resume: {key} was {state[key]} and is {getattr(self, key)} now: "
+                    "the order of the prompts would change; keep it, or start a new run"
+                )
         self.taken = int(state["taken"])

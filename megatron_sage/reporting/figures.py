@@ -108,8 +108,10 @@ def stacked_bars(x: Sequence[float], layers: Sequence[tuple[str, Sequence[float]
         for colour, value in enumerate(bar):
             top, bottom = y_scale(base + value), y_scale(base)
             hover = escape(f"{layers[colour][0]}: {number(value)} ({x_label} {number(place)})")
-            parts.append(f'<rect class="fill c{colour}" x="{x_scale(place) - width / 2:.1f}" y="{top:.1f}" '
-                         f'width="{width:.1f}" height="{max(bottom - top, 0):.1f}"><title>{hover}</title></rect>')
+            parts.append(
+                f'<rect class="fill c{colour}" x="{x_scale(place) - width / 2:.1f}" y="{top:.1f}" '
+                f'width="{width:.1f}" height="{max(bottom - top, 0):.1f}"><title>{hover}</title></rect>'
+            )
             base += value
     return _legend([(name, colour) for colour, (name, _) in enumerate(layers)]) + _svg("".join(parts))
 
@@ -129,9 +131,11 @@ def change_bars(changes: Sequence[tuple[str, float]]) -> str:
     for place, (name, value) in enumerate(kept):
         top, bottom = sorted((y_scale(value), y_scale(0)))
         kind = "up" if value >= 0 else "down"
-        parts.append(f'<rect class="{kind}" x="{x_scale(place + 0.5) - width / 2:.1f}" y="{top:.1f}" '
-                     f'width="{width:.1f}" height="{max(bottom - top, 0.8):.1f}">'
-                     f"<title>{escape(name)}: {signed(value)}</title></rect>")
+        parts.append(
+            f'<rect class="{kind}" x="{x_scale(place + 0.5) - width / 2:.1f}" y="{top:.1f}" '
+            f'width="{width:.1f}" height="{max(bottom - top, 0.8):.1f}">'
+            f"<title>{escape(name)}: {signed(value)}</title></rect>"
+        )
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_scale(0):.1f}" y2="{y_scale(0):.1f}"/>')
     return _svg("".join(parts))
 
@@ -184,13 +188,16 @@ def _axes(x_scale: Scale, y_scale: Scale, x_label: str, x_ticks: bool = True) ->
     parts = []
     for tick in y_scale.ticks():
         y = y_scale(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(tick, 3)}</text>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(tick, 3)}</text>'
+        )
     if x_ticks:
         whole = [tick for tick in x_scale.ticks() if abs(tick - round(tick)) < 1e-9]
         for tick in whole:
-            parts.append(f'<text x="{x_scale(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
-                         f"{number(tick)}</text>")
+            parts.append(
+                f'<text x="{x_scale(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{number(tick)}</text>'
+            )
         bottom = HEIGHT - BOTTOM
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
     parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>')
@@ -219,8 +226,10 @@ def _curve(one: Series, x_scale: Scale, y_scale: Scale) -> str:
             kind = "dot" if len(points) == 1 else "hover"
             for (x, y), (at, value, _) in zip(points, run, strict=True):
                 hover = escape(f"{one.label}: {number(value)} at {number(at)}")
-                parts.append(f'<circle class="{kind} c{one.colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
-                             f"<title>{hover}</title></circle>")
+                parts.append(
+                    f'<circle class="{kind} c{one.colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
+                    f"<title>{hover}</title></circle>"
+                )
     return "".join(parts)
 
 

@@ -80,8 +80,10 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         except ValueError as error:
             if place < len(lines):
                 raise UserError(f"{path}, line {place}: not JSON ({error})") from error
-            notes.append(f"The last line of metrics.jsonl is incomplete and left out (line {place}): "
-                         "the run was stopped while writing it.")
+            notes.append(
+                f"The last line of metrics.jsonl is incomplete and left out (line {place}): "
+                "the run was stopped while writing it."
+            )
             continue
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {place}: expected one JSON object an iteration, found {line[:40]!r}")

@@ -47,8 +47,11 @@ def summary(run: RunRecord) -> str:
             parts.append(text.format(number(value) if isinstance(value, float) else value))
     model = get("model.pretrained")
     video = get("video", {})
-    size = (f", clips of {video['frames']} frames {video['height']}x{video['width']} at {video.get('fps')} fps"
-            if isinstance(video, dict) and {"frames", "height", "width"} <= video.keys() else "")
+    size = (
+        f", clips of {video['frames']} frames {video['height']}x{video['width']} at {video.get('fps')} fps"
+        if isinstance(video, dict) and {"frames", "height", "width"} <= video.keys()
+        else ""
+    )
     subject = f"SAGE-GRPO on {model}{size}" if model else f"SAGE-GRPO{size}"
     return f'<p class="lead">{escape(subject)}: {escape(", ".join(parts))}.</p>'
 
@@ -93,13 +96,17 @@ def _dimension_table(run: RunRecord, before: dict[str, Any], after: dict[str, An
         old, new = _value(first.get(name)), _value(last.get(name))
         meaning = f' <span class="soft">{MEANINGS[name]}</span>' if name in MEANINGS else ""
         weight = weights.get(name) if isinstance(weights, dict) else None
-        rows.append(f"<tr><td>{escape(str(name))}{meaning}</td><td>{number(_value(weight), 3)}</td>"
-                    f"<td>{number(old, 3, strip=False)}</td><td>{number(new, 3, strip=False)}</td>"
-                    f'<td class="{_kind(new - old)}">{_change(new - old)}</td></tr>')
+        rows.append(
+            f"<tr><td>{escape(str(name))}{meaning}</td><td>{number(_value(weight), 3)}</td>"
+            f"<td>{number(old, 3, strip=False)}</td><td>{number(new, 3, strip=False)}</td>"
+            f'<td class="{_kind(new - old)}">{_change(new - old)}</td></tr>'
+        )
     if not rows:
         return ""
-    return ("<table><thead><tr><th>Dimension</th><th>weight</th><th>before</th><th>after</th><th>change</th></tr>"
-            f"</thead><tbody>{''.join(rows)}</tbody></table>")
+    return (
+        "<table><thead><tr><th>Dimension</th><th>weight</th><th>before</th><th>after</th><th>change</th></tr>"
+        f"</thead><tbody>{''.join(rows)}</tbody></table>"
+    )
 
 
 def gallery(run: RunRecord) -> str:
@@ -108,16 +115,16 @@ def gallery(run: RunRecord) -> str:
     befores, afters = ([s for s in part if s.get("file")] for part in samples)
     if not (befores or afters):
         names = sorted({path.name for path in run.directory.glob("samples/*/*.mp4")})
-        befores, afters = (
-            [{"file": f"samples/{label}/{name}"} for name in names] for label in ("before", "after")
-        )
+        befores, afters = ([{"file": f"samples/{label}/{name}"} for name in names] for label in ("before", "after"))
     cards = []
     for place in range(max(len(befores), len(afters))):
         old = befores[place] if place < len(befores) else {}
         new = afters[place] if place < len(afters) else {}
         prompt = str(new.get("prompt") or old.get("prompt") or f"sample {place}")
-        cards.append(f'<article class="card"><p class="prompt">{escape(prompt)}</p><div class="pair">'
-                     f'{_clip(run, "before", old)}{_clip(run, "after", new)}</div></article>')
+        cards.append(
+            f'<article class="card"><p class="prompt">{escape(prompt)}</p><div class="pair">'
+            f"{_clip(run, 'before', old)}{_clip(run, 'after', new)}</div></article>"
+        )
     if not cards:
         return ""
     return f'<h2>Videos before and after</h2><div class="grid">{"".join(cards)}</div>'
@@ -129,12 +136,17 @@ def _clip(run: RunRecord, label: str, sample: dict[str, Any]) -> str:
     if name and not path.is_relative_to(run.directory.resolve()):
         raise UserError(f"{run.directory / 'evaluation.json'}: file {name!r} lies outside the run directory")
     if name and path.is_file():
-        shown = (f'<video autoplay loop muted playsinline aria-label="{label}" src="data:video/mp4;base64,'
-                 f'{_base64(path)}"></video>')
+        shown = (
+            f'<video autoplay loop muted playsinline aria-label="{label}" src="data:video/mp4;base64,'
+            f'{_base64(path)}"></video>'
+        )
     else:
         shown = f'<div class="missing">{escape(name) + " is missing" if name else "no video"}</div>'
-    scores = [f"{escape(key)} {number(_value(value), 3, strip=False)}" for key, value in sample.items()
-              if key not in ("file", "prompt", "index", "reward") and _is_number(value)]
+    scores = [
+        f"{escape(key)} {number(_value(value), 3, strip=False)}"
+        for key, value in sample.items()
+        if key not in ("file", "prompt", "index", "reward") and _is_number(value)
+    ]
     reward = f" · reward <b>{number(_value(sample.get('reward')), 3, strip=False)}</b>" if "reward" in sample else ""
     detail = "<br>" + " · ".join(scores) if scores else ""
     return f"<figure>{shown}<figcaption>{label}{reward}{detail}</figcaption></figure>"
@@ -154,32 +166,69 @@ def curves(run: RunRecord) -> str:
         return key.rpartition("/")[2]
 
     charts = [
-        ("Training reward", "mean ± standard deviation of an iteration's samples; bold: running mean",
-         line_chart([Series("reward", x, reward, 0, column("reward/std"), faint=True),
-                     Series(f"running mean of {window}", x, running_mean(reward, window), 0)])),
-        ("Reward by dimension", f"running mean of {window} iterations",
-         line_chart([s for i, key in enumerate(dimensions) for s in
-                     (Series(short(key), x, column(key), i % 6, faint=True),
-                      Series(short(key), x, running_mean(column(key), window), i % 6))])),
-        ("Loss", "policy loss, and with λ·KL",
-         line_chart([Series("loss", x, column("loss"), 0), Series("policy", x, column("loss/policy"), 1)])),
-        ("KL", "of the policy against its moving anchor (position) and against the policy of the rollout (velocity)",
-         line_chart([Series(name, x, column(f"kl/{name}"), i) for i, name in enumerate(("position", "velocity"))])),
+        (
+            "Training reward",
+            "mean ± standard deviation of an iteration's samples; bold: running mean",
+            line_chart(
+                [
+                    Series("reward", x, reward, 0, column("reward/std"), faint=True),
+                    Series(f"running mean of {window}", x, running_mean(reward, window), 0),
+                ]
+            ),
+        ),
+        (
+            "Reward by dimension",
+            f"running mean of {window} iterations",
+            line_chart(
+                [
+                    s
+                    for i, key in enumerate(dimensions)
+                    for s in (
+                        Series(short(key), x, column(key), i % 6, faint=True),
+                        Series(short(key), x, running_mean(column(key), window), i % 6),
+                    )
+                ]
+            ),
+        ),
+        (
+            "Loss",
+            "policy loss, and with λ·KL",
+            line_chart([Series("loss", x, column("loss"), 0), Series("policy", x, column("loss/policy"), 1)]),
+        ),
+        (
+            "KL",
+            "of the policy against its moving anchor (position) and against the policy of the rollout (velocity)",
+            line_chart([Series(name, x, column(f"kl/{name}"), i) for i, name in enumerate(("position", "velocity"))]),
+        ),
         ("λ, weight of the KL", "", line_chart([Series("λ", x, column("lambda"), 0)])),
         ("Gradient norm", "before clipping", line_chart([Series("gradient norm", x, column("grad_norm"), 0)])),
-        ("Probability ratio − 1", "of the updated to the sampling policy, over all trained samples and steps",
-         line_chart([Series(name, x, [value - 1 for value in column(f"ratio/{name}")], i)
-                     for i, name in enumerate(("mean", "min", "max"))])),
-        ("Clip fraction", "share of (sample, step) pairs outside the clip range",
-         line_chart([Series("clip fraction", x, column("clip_fraction"), 0)])),
+        (
+            "Probability ratio − 1",
+            "of the updated to the sampling policy, over all trained samples and steps",
+            line_chart(
+                [
+                    Series(name, x, [value - 1 for value in column(f"ratio/{name}")], i)
+                    for i, name in enumerate(("mean", "min", "max"))
+                ]
+            ),
+        ),
+        (
+            "Clip fraction",
+            "share of (sample, step) pairs outside the clip range",
+            line_chart([Series("clip fraction", x, column("clip_fraction"), 0)]),
+        ),
         ("Seconds by phase", "", stacked_bars(x, [(short(key), column(key)) for key in phases])),
     ]
     changes = _changes(run)
     if changes:
         charts.insert(1, ("Change of each held-out sample", "reward after − before", change_bars(changes)))
-    cards = "".join(f'<div class="card chart"><h3>{escape(title)}</h3>'
-                    + (f'<p class="note">{escape(note)}</p>' if note else "") + chart + "</div>"
-                    for title, note, chart in charts)
+    cards = "".join(
+        f'<div class="card chart"><h3>{escape(title)}</h3>'
+        + (f'<p class="note">{escape(note)}</p>' if note else "")
+        + chart
+        + "</div>"
+        for title, note, chart in charts
+    )
     return f'<h2>Curves</h2><div class="grid">{cards}</div>'
 
 
@@ -187,8 +236,10 @@ def _changes(run: RunRecord) -> list[tuple[str, float]]:
     befores, afters = (run.evaluation.get(label, {}).get("samples", []) for label in ("before", "after"))
     if len(befores) != len(afters):
         return []
-    return [(str(new.get("prompt", "")), _value(new.get("reward")) - _value(old.get("reward")))
-            for old, new in zip(befores, afters, strict=True)]
+    return [
+        (str(new.get("prompt", "")), _value(new.get("reward")) - _value(old.get("reward")))
+        for old, new in zip(befores, afters, strict=True)
+    ]
 
 
 def facts(run: RunRecord) -> str:
@@ -210,10 +261,17 @@ def facts(run: RunRecord) -> str:
             machine += [(f"{name}", str(version)) for name, version in value.items()]
         elif value is not None:
             machine.append((key.replace("_", " "), str(value)))
-    cards = "".join(f'<div class="card"><h3>{title}</h3>{_table(rows)}</div>'
-                    for title, rows in (("Health", health), ("Machine and versions", machine)) if rows)
-    config = (f'<details class="card" style="margin-top:16px"><summary>Configuration</summary>'
-              f"<pre>{escape(run.config_text)}</pre></details>" if run.config_text else "")
+    cards = "".join(
+        f'<div class="card"><h3>{title}</h3>{_table(rows)}</div>'
+        for title, rows in (("Health", health), ("Machine and versions", machine))
+        if rows
+    )
+    config = (
+        f'<details class="card" style="margin-top:16px"><summary>Configuration</summary>'
+        f"<pre>{escape(run.config_text)}</pre></details>"
+        if run.config_text
+        else ""
+    )
     return f'<h2>Run</h2><div class="grid">{cards}</div>{config}'
 
 

@@ -21,8 +21,10 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float, scale: int = 1) 
         kind = f"{frames.dtype} {list(frames.shape)}" if isinstance(frames, np.ndarray) else type(frames).__name__
         raise UserError(f"{path}: {kind}: expected a numpy uint8 clip [frames, height, width, 3]")
     if frames.size == 0 or not (np.isfinite(fps) and fps > 0) or int(scale) != scale or scale < 1:
-        raise UserError(f"{path}: clip {list(frames.shape)} at fps={fps}, scale={scale}: expected at least one frame, "
-                        "a positive frame rate and a whole scale of 1 or more")
+        raise UserError(
+            f"{path}: clip {list(frames.shape)} at fps={fps}, scale={scale}: expected at least one frame, "
+            "a positive frame rate and a whole scale of 1 or more"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
     try:

@@ -32,13 +32,15 @@ def load_reward(path: str, **settings: Any) -> Reward:
     """
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
-        raise UserError(f"reward.function={path!r}: expected 'module:name', e.g. "
-                        "'megatron_sage.rewards.shapes:ShapesReward'")
+        raise UserError(
+            f"reward.function={path!r}: expected 'module:name', e.g. 'megatron_sage.rewards.shapes:ShapesReward'"
+        )
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"reward.function={path!r}: cannot import {module_name!r} ({error}); "
-                        "install it or correct the path") from error
+        raise UserError(
+            f"reward.function={path!r}: cannot import {module_name!r} ({error}); install it or correct the path"
+        ) from error
     if not hasattr(module, name):
         raise UserError(f"reward.function={path!r}: module {module_name!r} has no {name!r}")
     reward = getattr(module, name)
@@ -60,5 +62,7 @@ def check_inputs(videos: Sequence[np.ndarray], prompts: Sequence[str], fps: floa
             kind = video.dtype if isinstance(video, np.ndarray) else type(video).__name__
             raise UserError(f"reward: video {number} is {kind}: expected a numpy uint8 array of decoded frames")
         if video.ndim != 4 or video.shape[-1] != 3 or video.size == 0:
-            raise UserError(f"reward: video {number} has shape {list(video.shape)}: "
-                            "expected [frames, height, width, 3], none of them 0")
+            raise UserError(
+                f"reward: video {number} has shape {list(video.shape)}: "
+                "expected [frames, height, width, 3], none of them 0"
+            )

@@ -47,7 +47,7 @@ UNITS_PER_WIDTH = 48
 # (third harmonic / a triangle's, fourth harmonic / a square's)
 OUTLINES = {"circle": (0.0, 0.0), "square": (0.0, 1.0), "triangle": (1.0, 0.0)}
 TRIANGLE_HARMONIC = 0.3761  # equilateral: Im of the mean of z³ over it, per r³ of the disc of equal area
-SQUARE_HARMONIC = -np.pi**2 / 60  # the same of Re z⁴ over a square
+SQUARE_HARMONIC = -(np.pi**2) / 60  # the same of Re z⁴ over a square
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,19 @@ def parse_caption(caption: str) -> Attributes:
     words = re.findall(r"[a-z]+", caption.lower())
     found = {}
     vocabularies: dict[str, Sequence[str]] = {
-        "colour": tuple(COLOURS), "form": FORMS, "direction": tuple(DIRECTIONS), "speed": tuple(SPEEDS)
+        "colour": tuple(COLOURS),
+        "form": FORMS,
+        "direction": tuple(DIRECTIONS),
+        "speed": tuple(SPEEDS),
     }
     for attribute, vocabulary in vocabularies.items():
         hits = [word for word in words if word in vocabulary]
         if len(hits) != 1:
             what = f"{len(hits)} words" if hits else "no word"
-            raise UserError(f"prompt {caption!r}: {what} for the {attribute} ({', '.join(vocabulary)}); ShapesReward "
-                            "reads captions such as 'a red circle moving left slowly'")
+            raise UserError(
+                f"prompt {caption!r}: {what} for the {attribute} ({', '.join(vocabulary)}); ShapesReward "
+                "reads captions such as 'a red circle moving left slowly'"
+            )
         found[attribute] = hits[0]
     return Attributes(**found)
 
@@ -125,11 +130,15 @@ def motion_quality(blob: Blob) -> float:
     line_F2 = blob.centre.mean(0) + blob.time[:, None] * blob.velocity
     travel = np.linalg.norm(blob.velocity) * (len(blob.area) - 1) / unit
     mean_area = blob.area.mean() + 1e-6
-    return presence(blob) * float(np.tanh(travel / 3)) * _geometric_mean(
-        _soft(_rms(blob.centre - line_F2) / unit, 1.0),
-        _soft(_rms(np.diff(blob.centre, 2, axis=0)) / unit, 0.3),
-        _soft(blob.area.std() / mean_area, 0.2),
-        _soft(_rms(np.diff(blob.area)[:, None]) / mean_area, 0.1),
+    return (
+        presence(blob)
+        * float(np.tanh(travel / 3))
+        * _geometric_mean(
+            _soft(_rms(blob.centre - line_F2) / unit, 1.0),
+            _soft(_rms(np.diff(blob.centre, 2, axis=0)) / unit, 0.3),
+            _soft(blob.area.std() / mean_area, 0.2),
+            _soft(_rms(np.diff(blob.area)[:, None]) / mean_area, 0.1),
+        )
     )
 
 

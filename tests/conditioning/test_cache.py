@@ -21,8 +21,10 @@ def cache(tmp_path) -> EmbeddingCache:
 
 
 def equal(first: PromptEmbedding, second: PromptEmbedding) -> bool:
-    return all(torch.equal(one, other) and one.dtype == other.dtype
-               for one, other in zip(vars(first).values(), vars(second).values(), strict=True))
+    return all(
+        torch.equal(one, other) and one.dtype == other.dtype
+        for one, other in zip(vars(first).values(), vars(second).values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("text", [TEXT, " ", "", "x" * 5000])
@@ -35,8 +37,11 @@ def test_round_trip(cache: EmbeddingCache, text: str) -> None:
 
 def test_other_dtypes_survive(cache: EmbeddingCache) -> None:
     embedding = ENCODER.encode(TEXT)
-    embedding = replace(embedding, encoder_hidden_states=embedding.encoder_hidden_states.bfloat16(),
-                        encoder_attention_mask=embedding.encoder_attention_mask.long())
+    embedding = replace(
+        embedding,
+        encoder_hidden_states=embedding.encoder_hidden_states.bfloat16(),
+        encoder_attention_mask=embedding.encoder_attention_mask.long(),
+    )
     cache.put(TEXT, embedding)
     assert equal(cache.get(TEXT), embedding)
 
@@ -123,8 +128,11 @@ def test_a_failed_write_keeps_the_old_entry_and_leaves_nothing_behind(cache: Emb
 
 @pytest.mark.parametrize(
     ("states", "mask", "named"),
-    [(torch.zeros(1, 3, 8), torch.ones(1, 3), "batch"), (torch.zeros(3, 8), torch.ones(4), "expected"),
-     (torch.zeros(3, 8), torch.zeros(3), "no valid token")],
+    [
+        (torch.zeros(1, 3, 8), torch.ones(1, 3), "batch"),
+        (torch.zeros(3, 8), torch.ones(4), "expected"),
+        (torch.zeros(3, 8), torch.zeros(3), "no valid token"),
+    ],
 )
 def test_a_malformed_embedding_is_refused(states: torch.Tensor, mask: torch.Tensor, named: str) -> None:
     with pytest.raises(UserError, match=named):

@@ -80,8 +80,12 @@ def test_latents_that_are_not_finite_make_no_video(codec: VideoCodec, value: flo
 
 @pytest.mark.parametrize(
     ("size", "named"),
-    [((6, 16, 16), "video.frames=6: expected 4n.1, e.g. 5"), ((0, 16, 16), "video.frames=0"),
-     ((5, 24, 16), "video.height=24.*16"), ((5, 16, 0), "video.width=0")],
+    [
+        ((6, 16, 16), "video.frames=6: expected 4n.1, e.g. 5"),
+        ((0, 16, 16), "video.frames=0"),
+        ((5, 24, 16), "video.height=24.*16"),
+        ((5, 16, 0), "video.width=0"),
+    ],
 )
 def test_sizes_that_the_vae_cannot_take_are_refused(codec: VideoCodec, size, named: str) -> None:
     with pytest.raises(UserError, match=named):

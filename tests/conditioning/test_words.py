@@ -30,15 +30,29 @@ def test_another_process_makes_the_same_bits() -> None:
         "import hashlib; from megatron_sage.conditioning.words import WordEncoder; "
         f"print(hashlib.sha256(WordEncoder().encode({TEXT!r}).encoder_hidden_states.numpy().tobytes()).hexdigest())"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                         env={"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"})
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"},
+    )
     assert out.stdout.strip() == GOLDEN
 
 
 @pytest.mark.parametrize(
     ("text", "length", "length_2"),
-    [(TEXT, 6, 0), (" ", 1, 0), ("", 1, 0), ("stop!", 2, 0), ('a sign "Hi you"', 6, 6), ("“ab” and “c”", 7, 3),
-     ('"', 1, 0), ("\n_", 1, 0), ("zwölf 12", 2, 0)],
+    [
+        (TEXT, 6, 0),
+        (" ", 1, 0),
+        ("", 1, 0),
+        ("stop!", 2, 0),
+        ('a sign "Hi you"', 6, 6),
+        ("“ab” and “c”", 7, 3),
+        ('"', 1, 0),
+        ("\n_", 1, 0),
+        ("zwölf 12", 2, 0),
+    ],
 )
 def test_lengths_follow_the_prompt(text: str, length: int, length_2: int) -> None:
     got = WordEncoder(dim=8, dim_2=4).encode(text)

@@ -27,8 +27,10 @@ def test_duplicates_are_kept_and_warned_about_once(tmp_path) -> None:
     assert len(caught) == 1
 
 
-@pytest.mark.parametrize(("content", "named"), [(None, "cannot read"), (b"", "no prompt"), (b"# only\n\n", "no prompt"),
-                                                (b"\xff\xfe", "not UTF-8")])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(None, "cannot read"), (b"", "no prompt"), (b"# only\n\n", "no prompt"), (b"\xff\xfe", "not UTF-8")],
+)
 def test_unusable_files_are_refused_in_one_line(tmp_path, content: bytes | None, named: str) -> None:
     path = tmp_path / "prompts.txt"
     if content is not None:

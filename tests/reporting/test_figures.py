@@ -40,8 +40,19 @@ def svg(chart: str) -> ElementTree.Element:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0"), (1.0, "1"), (12.3456, "12.35"), (-0.5, "−0.5"), (1e-7, "1e−7"), (-2.345e-5, "−2.35e−5"), (3e9, "3e9"),
-     (123456.0, "123456"), (NAN, "–"), (None, "–"), (math.inf, "–")],
+    [
+        (0.0, "0"),
+        (1.0, "1"),
+        (12.3456, "12.35"),
+        (-0.5, "−0.5"),
+        (1e-7, "1e−7"),
+        (-2.345e-5, "−2.35e−5"),
+        (3e9, "3e9"),
+        (123456.0, "123456"),
+        (NAN, "–"),
+        (None, "–"),
+        (math.inf, "–"),
+    ],
 )
 def test_number(value: float | None, text: str) -> None:
     assert number(value) == text

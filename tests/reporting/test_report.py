@@ -111,8 +111,12 @@ def test_metrics_alone_are_enough(tmp_path) -> None:
 
 
 def test_nan_and_missing_metrics_are_gaps(tmp_path) -> None:
-    rows = [{"iteration": 0, "reward/mean": 1.0, "reward/Q": 1}, {"iteration": 1, "reward/mean": float("nan")},
-            {"iteration": 2, "reward/mean": None, "loss": "x"}, {"reward/mean": 2.0, "loss": float("inf")}]
+    rows = [
+        {"iteration": 0, "reward/mean": 1.0, "reward/Q": 1},
+        {"iteration": 1, "reward/mean": float("nan")},
+        {"iteration": 2, "reward/mean": None, "loss": "x"},
+        {"reward/mean": 2.0, "loss": float("inf")},
+    ]
     run = rewritten(tmp_path, "metrics.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")
     html = write_report(run).read_text()
     Page(html)

@@ -180,8 +180,14 @@ def test_changing_size_lowers_motion_quality_most() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [scene(colour="blue"), scene(form="circle"), scene(form="triangle"), scene(direction="left"),
-     scene(direction="up"), scene(speed="slowly")],
+    [
+        scene(colour="blue"),
+        scene(form="circle"),
+        scene(form="triangle"),
+        scene(direction="left"),
+        scene(direction="up"),
+        scene(speed="slowly"),
+    ],
     ids=lambda one: one.caption,
 )
 def test_a_wrong_attribute_lowers_only_the_alignment(wrong) -> None:
@@ -191,8 +197,13 @@ def test_a_wrong_attribute_lowers_only_the_alignment(wrong) -> None:
 
 
 def test_alignment_falls_with_every_further_wrong_attribute() -> None:
-    asked = [scene(), scene("blue"), scene("blue", "circle"), scene("blue", "circle", "left"),
-             scene("blue", "circle", "left", "slowly")]
+    asked = [
+        scene(),
+        scene("blue"),
+        scene("blue", "circle"),
+        scene("blue", "circle", "left"),
+        scene("blue", "circle", "left", "slowly"),
+    ]
     monotone([scores(render(), one.caption)["TA"] for one in asked], step=0.08)
 
 

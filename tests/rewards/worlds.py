@@ -34,8 +34,14 @@ def render(what=None, seed=0) -> np.ndarray:
     return clips.render(what or scene(), np.random.default_rng(seed))
 
 
-def draw(track: np.ndarray, radius: np.ndarray | float = 6.0, form="square", colour=(0.9, 0.15, 0.15), ground=0.15,
-         size=(32, 48)) -> np.ndarray:
+def draw(
+    track: np.ndarray,
+    radius: np.ndarray | float = 6.0,
+    form="square",
+    colour=(0.9, 0.15, 0.15),
+    ground=0.15,
+    size=(32, 48),
+) -> np.ndarray:
     """A clip whose form follows `track` [F, 2] (x, y) with a radius per frame."""
     y, x = np.mgrid[0 : size[0], 0 : size[1]] + 0.5
     radii = np.broadcast_to(radius, len(track))
