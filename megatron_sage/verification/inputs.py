@@ -132,7 +132,9 @@ def _check_shapes(path: Path, tensors: dict[str, Tensor], config: HunyuanVideoCo
             continue
         shape = tuple(tensors[name].shape)
         wanted = tuple(dim if isinstance(dim, int) else sizes.get(dim, dim) for dim in dims)
-        fits = len(shape) == len(wanted) and all(w in (s, d) for s, w, d in zip(shape, wanted, dims, strict=False))
+        fits = len(shape) == len(wanted) and all(
+            isinstance(w, str) or w == s for s, w in zip(shape, wanted, strict=True)
+        )
         if not fits:
             text_of = ", ".join(str(item) for item in wanted)
             raise UserError(f"{path}: {name} has shape {list(shape)}, expected [{text_of}]")

@@ -14,10 +14,11 @@ from torch import Tensor
 from megatron_sage.verification.inputs import Inputs
 from megatron_sage.verification.ours import Result
 
-# Largest |ours - diffusers| over largest |diffusers|. Two fp32 implementations reach 2e-7 and 1e-6 with two blocks;
+# Largest |ours - diffusers| over largest |diffusers|. Two fp32 implementations reach 2e-7 to 1e-6 and 1e-6 to 5e-6, the
+# more the larger the weights, with two blocks; a wrong epsilon or row order is orders of magnitude above that;
 # in bf16 the weights and activations of ours carry 8 bits while the reference stays fp32.
-TOLERANCES = {torch.float32: (1e-6, 1e-5), torch.bfloat16: (3e-2, 2e-1)}
-TOLERANCE_DEPTH = 4  # up to this many blocks; rounding errors add up like a random walk beyond
+TOLERANCES = {torch.float32: (3e-6, 2e-5), torch.bfloat16: (3e-2, 2e-1)}
+TOLERANCE_DEPTH = 4  # from 2 to 54 blocks the errors of output and blocks stay, those of the worst gradients double
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Check:
 
 def tolerances(dtype: torch.dtype, num_layers: int) -> tuple[float, float]:
     """(output and blocks, gradients)."""
-    factor = math.sqrt(max(1.0, num_layers / TOLERANCE_DEPTH))
+    factor = max(1.0, num_layers / TOLERANCE_DEPTH) ** 0.25
     output, gradient = TOLERANCES[dtype]
     return output * factor, gradient * factor
 
