@@ -19,10 +19,10 @@ class MicroTrajectory:
     samples: list[int]  # which samples of the group
     prompt: Prompt
     latents_SBC: list[torch.Tensor]  # N + 1 tensors, float32
-    log_prob_B: dict[int, torch.Tensor]  # trained step -> float32 [B]
+    log_prob_B: dict[int, torch.Tensor]  # trained step -> float64 [B]
     velocity_SBC: dict[int, torch.Tensor] = field(default_factory=dict)  # of the rollout's policy
     reference_SBC: dict[int, torch.Tensor] = field(default_factory=dict)  # of the position reference
-    advantage_B: torch.Tensor | None = None  # float32 [B]
+    advantage_B: torch.Tensor | None = None  # float64 [B]
     trained_B: torch.Tensor | None = None  # bool [B]; False: non-finite reward, no gradient
 
     def keep(self, trained_B: torch.Tensor) -> None:

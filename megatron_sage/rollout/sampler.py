@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_sage.grpo.sde import StepCoefficients, log_prob_from_error
+from megatron_sage.grpo.sde import StepCoefficients, log_prob_from_error, squared_error_sum, step_mean, step_sample
 from megatron_sage.parallel import noise
 from megatron_sage.parallel.reductions import sum_over_shards
 from megatron_sage.rollout.buffer import MicroTrajectory
@@ -36,21 +36,24 @@ class StepTable:
         return [i for i, std in enumerate(self.std) if std > 0]
 
 
-def shard_error(difference_SBC: torch.Tensor, shape: VideoShape, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Sum of squares over a whole video, [B]: this rank's real tokens, then the sum over the ranks that share them.
+def shard_error(
+    x_SBC: torch.Tensor, y_SBC: torch.Tensor, shape: VideoShape, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Sum of (x - y)^2 over a whole video, float64 [B]: this rank's real tokens, then the ranks that share them.
 
     `group` is the process group over which the tokens are split (TP under sequence parallelism), or None when every
     rank holds all of them. Padding tokens sit at the end of a shard and are cut off before they count.
     """
-    error_B = difference_SBC[: shape.shard.valid].square().sum(dim=(0, 2))
+    valid = shape.shard.valid
+    error_B = squared_error_sum(x_SBC[:valid], y_SBC[:valid])
     return error_B if group is None else sum_over_shards(error_B, group)
 
 
 def transition_log_prob(
     x_next_SBC: torch.Tensor, mean_SBC: torch.Tensor, std: float, shape: VideoShape, group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """log N(x'; mean, std^2), the mean over the D elements of each video, [B]."""
-    return log_prob_from_error(shard_error(x_next_SBC - mean_SBC, shape, group), shape.elements, std)
+    """log N(x'; mean, std^2), the mean over the D elements of each video, float64 [B]."""
+    return log_prob_from_error(shard_error(x_next_SBC, mean_SBC, shape, group), shape.elements, std)
 
 
 def step_noise(
@@ -85,9 +88,10 @@ def rollout(
     latents, velocities, log_probs = [x_SBC], {}, {}
     for i, std in enumerate(table.std):
         v_SBC = velocity(x_SBC, table.sigmas[i], prompt)
-        mean_SBC = table.a[i] * x_SBC + table.b[i] * v_SBC
+        mean_SBC = step_mean(x_SBC, v_SBC, table.a[i], table.b[i])
         if std > 0:
-            x_SBC = mean_SBC + std * step_noise(shape, samples, seed, stream, group, i, device)
+            z_SBC = step_noise(shape, samples, seed, stream, group, i, device)
+            x_SBC = step_sample(mean_SBC, std, z_SBC)
             log_probs[i] = transition_log_prob(x_SBC, mean_SBC, std, shape, token_group)
             if keep_velocity:
                 velocities[i] = v_SBC
@@ -123,8 +127,8 @@ def sample_latents(
     """Only the finished latents, [S, B, C] on this rank: validation and `sample`."""
     x_SBC = step_noise(shape, samples, seed, stream, group, noise.INITIAL, device)
     for i, std in enumerate(table.std):
-        x_SBC = table.a[i] * x_SBC + table.b[i] * velocity(x_SBC, table.sigmas[i], prompt)
-        if std > 0:
-            x_SBC = x_SBC + std * step_noise(shape, samples, seed, stream, group, i, device)
+        mean_SBC = step_mean(x_SBC, velocity(x_SBC, table.sigmas[i], prompt), table.a[i], table.b[i])
+        z_SBC = step_noise(shape, samples, seed, stream, group, i, device) if std > 0 else None
+        x_SBC = step_sample(mean_SBC, std, z_SBC)
         on_step()
     return x_SBC

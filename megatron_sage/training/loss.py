@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_sage.config import Config
 from megatron_sage.grpo.objective import policy_loss
+from megatron_sage.grpo.sde import step_mean
 from megatron_sage.grpo.trust_region import gaussian_kl_from_error, step_kl_log_prob
 from megatron_sage.rollout.buffer import MicroTrajectory
 from megatron_sage.rollout.policy import VideoShape
@@ -52,7 +53,7 @@ class Objective:
         grpo = self.config.grpo
         assert trajectory.advantage_B is not None and trajectory.trained_B is not None
         a, b, std = self.table.a[step], self.table.b[step], self.table.std[step]
-        mean_SBC = a * trajectory.latents_SBC[step] + b * v_SBC
+        mean_SBC = step_mean(trajectory.latents_SBC[step], v_SBC, a, b)
         new_B = transition_log_prob(trajectory.latents_SBC[step + 1], mean_SBC, std, self.shape, self.token_group)
         old_B = trajectory.log_prob_B[step]
         policy = policy_loss(new_B, old_B, trajectory.advantage_B, grpo.clip_range, grpo.advantage_clip)
@@ -86,7 +87,7 @@ class Objective:
         return position_B, self._closed_form(v_SBC, trajectory.velocity_SBC[step], step)
 
     def _closed_form(self, v_SBC: torch.Tensor, reference_SBC: torch.Tensor, step: int) -> torch.Tensor:
-        error_B = shard_error(v_SBC - reference_SBC, self.shape, self.token_group)
+        error_B = shard_error(v_SBC, reference_SBC, self.shape, self.token_group)
         return gaussian_kl_from_error(error_B, self.shape.elements, self.table.b[step], self.table.std[step])
 
 

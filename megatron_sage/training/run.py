@@ -1,6 +1,7 @@
 """`megatron-sage train`: from a validated config to a finished run directory."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,11 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
     _iterate(config, trainer, log, reporter)
     if validation:
         evaluate("after", engine, validation, codec, reward, reporter)
-    export_hf(engine.model, directory / "export" / "transformer", engine.model.config.to_diffusers())
+    export = directory / "export" / "transformer"
+    if main:
+        shutil.rmtree(export, ignore_errors=True)  # of this run before it was resumed
+    dist.barrier(group=dist.group.WORLD)
+    export_hf(engine.model, export, engine.model.config.to_diffusers())
     if main:
         reporter.line(f"report: {write_report(directory)}")
     dist.barrier(group=dist.group.WORLD)

@@ -161,7 +161,7 @@ class Trainer:
         per_group = self.engine.config.grpo.group_size // self.engine.config.sampler.micro_batch
         for number, trajectory in enumerate(trajectories):
             group, samples = number // per_group, trajectory.samples
-            trajectory.advantage_B = found.advantages[group, samples].float().to(self.engine.device)
+            trajectory.advantage_B = found.advantages[group, samples].to(self.engine.device)
             trajectory.keep(found.mask[group, samples].to(self.engine.device))
         counts = torch.tensor([found.zero_std_groups, found.dropped_groups], device=self.engine.device)
         dist.all_reduce(counts, group=self.engine.groups.dp)

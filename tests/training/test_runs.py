@@ -25,7 +25,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(root: Path, name: str, ranks: int = 1, **changes: Any) -> dict[str, Any]:
     """Train on `ranks` processes; metrics rows and exported weights of rank 0."""
     arguments = world.overrides(world.settings(root, name, **changes))
-    return run_on_ranks(ranks, JOB, arguments=arguments, world_size=ranks)[0]
+    return run_on_ranks(ranks, JOB, arguments=arguments, processes=ranks)[0]
 
 
 def untimed(row: dict[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def overrides(values: dict[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in values.items()]
 
 
-def train_job(arguments: list[str], world_size: int) -> dict[str, Any]:
+def train_job(arguments: list[str], processes: int) -> dict[str, Any]:
     """Train on this rank; what the run left behind."""
     from safetensors.torch import load_file
 
@@ -106,7 +106,7 @@ def train_job(arguments: list[str], world_size: int) -> dict[str, Any]:
     from megatron_sage.training.run import train
 
     config = load_config(None, arguments)
-    validate(config, world_size)
+    validate(config, processes)
     train(config)
     directory = Path(config.output_dir)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
