@@ -1,7 +1,9 @@
 """Everything a run needs, built once: groups, policy, prompts with their text, codec, reward, step table."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,10 +80,8 @@ def build_engine(config: Config, groups: Groups) -> Engine:
     return Engine(config, groups, model, dtype, device(), shape, groups.tp if split else None)
 
 
-def read_transformer_config(pretrained: str) -> dict:
+def read_transformer_config(pretrained: str) -> dict[str, Any]:
     """`transformer/config.json` of a diffusers directory."""
-    import json
-
     return json.loads((Path(pretrained) / "transformer" / "config.json").read_text())
 
 
@@ -110,8 +110,6 @@ def encode_prompts(config: Config, engine: Engine, texts: list[str]) -> dict[str
 def _condition(cache: EmbeddingCache, text: str, engine: Engine) -> TextCondition:
     """One text without its padding tokens, batch 1, on the device; no image tokens: text-to-video."""
     embedding = cache.get(text).valid()
-    like = {"device": engine.device, "dtype": engine.dtype}
-    image = torch.zeros(1, 0, engine.model.config.image_embed_dim, **like)
-    return TextCondition(
-        embedding.encoder_hidden_states[None].to(**like), embedding.encoder_hidden_states_2[None].to(**like), image
-    )
+    image = torch.zeros(1, 0, engine.model.config.image_embed_dim)
+    tokens = (embedding.encoder_hidden_states[None], embedding.encoder_hidden_states_2[None], image)
+    return TextCondition(*(x.to(engine.device, engine.dtype) for x in tokens))

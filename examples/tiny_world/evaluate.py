@@ -58,7 +58,7 @@ def main() -> None:
     captions = [scene.caption for scene in scenes]
     latents = sample(model, encoder, captions, args.steps, args.guidance)
     videos = [codec.decode(latent) for latent in latents]
-    right = {name: 0 for name in CHANCE}
+    right = dict.fromkeys(CHANCE, 0)
     for scene, video in zip(scenes, videos, strict=True):
         read = read_attributes(video, fps=clips.FPS)
         for name in right:

@@ -1,5 +1,6 @@
 """Held-out prompts, sampled from the same noise before and after: what a run has changed."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,17 @@ import numpy as np
 import torch
 
 from megatron_sage.conditioning.codec import VideoCodec
+from megatron_sage.engine import Engine
 from megatron_sage.grpo.schedule import shifted_sigmas
 from megatron_sage.grpo.sde import step_coefficients
 from megatron_sage.parallel import noise
+from megatron_sage.reporting.progress import Reporter
 from megatron_sage.reporting.video import write_mp4
 from megatron_sage.rewards.composite import weighted
 from megatron_sage.rewards.protocol import Reward
 from megatron_sage.rollout.policy import Prompt
 from megatron_sage.rollout.sampler import StepTable, sample_latents
 from megatron_sage.rollout.scoring import score
-from megatron_sage.engine import Engine
-from megatron_sage.reporting.progress import Reporter
 
 SCALE = 6  # pixels of the written clip for each pixel of a tiny one
 
@@ -69,7 +70,9 @@ def evaluate(
     everyone: list[Any] = [None] * groups.dp_size
     torch.distributed.all_gather_object(everyone, rows, group=groups.dp)
     if groups.rank == 0:
-        _record(Path(config.output_dir), label, sorted(sum(everyone, []), key=lambda row: row["index"]), settings)
+        _record(
+            Path(config.output_dir), label, sorted(itertools.chain(*everyone), key=lambda row: row["index"]), settings
+        )
 
 
 def _write_clips(label: str, engine: Engine, videos: dict[int, np.ndarray]) -> None:

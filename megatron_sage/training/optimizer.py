@@ -1,7 +1,5 @@
 """AdamW through Megatron's optimizer, gradients through Megatron's DistributedDataParallel."""
 
-import megatron_sage.parallel  # noqa: F401  (the CPU backend must be in place before Megatron is imported)
-
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -20,7 +18,7 @@ def wrap(model: HunyuanVideoDiT, groups: Groups) -> DistributedDataParallel:
     """
     model.config.calculate_per_token_loss = True
     model.config.finalize_model_grads_func = finalize_model_grads
-    ddp = DistributedDataParallel(
+    return DistributedDataParallel(
         config=model.config,
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
@@ -28,7 +26,6 @@ def wrap(model: HunyuanVideoDiT, groups: Groups) -> DistributedDataParallel:
         module=model,
         pg_collection=groups.collection,
     )
-    return ddp
 
 
 def build_optimizer(config: Config, model: DistributedDataParallel, dtype: torch.dtype) -> MegatronOptimizer:

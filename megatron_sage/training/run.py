@@ -8,20 +8,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sage import parallel  # noqa: F401  (CPU backend before Megatron)
 from megatron_sage.checkpoint.distributed import export_hf
 from megatron_sage.config import Config, dump
 from megatron_sage.data.prompts import read_prompts
+from megatron_sage.engine import build_engine, encode_prompts, load_codec
 from megatron_sage.errors import UserError
 from megatron_sage.parallel import groups as process_groups
+from megatron_sage.reporting.progress import Reporter
 from megatron_sage.reporting.report import write_report
 from megatron_sage.rewards.protocol import load_reward
 from megatron_sage.training import state
-from megatron_sage.engine import build_engine, encode_prompts, load_codec
 from megatron_sage.training.evaluation import evaluate
 from megatron_sage.training.metrics import MetricsLog, environment
 from megatron_sage.training.optimizer import build_optimizer, wrap
-from megatron_sage.reporting.progress import Reporter
 from megatron_sage.training.trainer import Trainer
 
 
@@ -55,9 +54,10 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
     if config.training.resume:
         state.load(trainer, directory / "checkpoints")
     log = MetricsLog(directory, main, keep_below=trainer.iteration)
+    parameters = sum(p.numel() for p in engine.model.parameters())
     reporter.line(
-        f"{config.name}: {sum(p.numel() for p in engine.model.parameters()):,} parameters on each of {groups.world_size}"
-        f" ranks (TP {groups.tp_size} x DP {groups.dp_size}), {engine.shape.shard.num_tokens} video tokens"
+        f"{config.name}: {parameters:,} parameters on each of {groups.world_size} ranks "
+        f"(TP {groups.tp_size} x DP {groups.dp_size}), {engine.shape.shard.num_tokens} video tokens"
     )
     if validation and trainer.iteration == 0:
         evaluate("before", engine, validation, codec, reward, reporter)

@@ -17,20 +17,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_sage.anchor import HostAnchor
 from megatron_sage.conditioning.codec import VideoCodec
 from megatron_sage.data.prompts import PromptCursor
+from megatron_sage.engine import Engine, step_table
 from megatron_sage.errors import UserError
 from megatron_sage.grpo.advantage import NonFiniteGuard, group_advantages
 from megatron_sage.grpo.equalizer import gradient_scales
 from megatron_sage.grpo.order import pair_order, split_updates
 from megatron_sage.grpo.trust_region import LambdaController
+from megatron_sage.reporting.progress import Reporter
 from megatron_sage.rewards.composite import weighted
 from megatron_sage.rewards.protocol import Reward
 from megatron_sage.rollout.buffer import MicroTrajectory
 from megatron_sage.rollout.policy import Prompt
 from megatron_sage.rollout.sampler import reference_velocities, rollout
 from megatron_sage.rollout.scoring import score
-from megatron_sage.engine import Engine, step_table
 from megatron_sage.training.loss import Objective, PairStatistics, summarise
-from megatron_sage.reporting.progress import Reporter
 
 
 class Trainer:
@@ -141,7 +141,7 @@ class Trainer:
         every = self._over_replicas(torch.from_numpy(table))
         finite = np.isfinite(every[0])
         kept = every[:, finite]
-        row = {"reward/nonfinite": int((~finite).sum())}
+        row: dict[str, Any] = {"reward/nonfinite": int((~finite).sum())}
         if finite.any():
             row |= {"reward/mean": float(kept[0].mean()), "reward/std": float(kept[0].std())}
             row |= {f"reward/{name}": float(v.mean()) for name, v in zip(self.reward.dimensions, kept[1:], strict=True)}

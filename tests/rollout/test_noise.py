@@ -54,4 +54,3 @@ def test_recorded_bits() -> None:
 def test_negative_indices_are_refused() -> None:
     with pytest.raises(ValueError, match=">= 0"):
         noise.gaussian((1,), 0, 0, -1)
-

@@ -7,12 +7,12 @@ import torch
 
 from megatron_sage.engine import step_table
 from megatron_sage.grpo.equalizer import norm_factors
+from megatron_sage.model.transformer import TextCondition
 from megatron_sage.parallel import noise
 from megatron_sage.parallel.sequence import TokenShard
 from megatron_sage.rollout.buffer import MicroTrajectory
 from megatron_sage.rollout.policy import Prompt, VideoShape, guided_velocity
 from megatron_sage.rollout.sampler import rollout, sample_latents, transition_log_prob
-from megatron_sage.model.transformer import TextCondition
 
 MEAN, STD = 0.7, 0.4  # of the data in every element
 SHAPE = VideoShape((4, 8, 8), 6, TokenShard(256, 1, 0))

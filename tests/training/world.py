@@ -63,7 +63,7 @@ def build(root: Path, seed: int = 0) -> Path:
 
 
 def settings(root: Path, output: str, **changes: Any) -> dict[str, Any]:
-    """Overrides of a run of three iterations on `build(root)`'s world; 5 latent frames of 1x3: 15 tokens, an odd number."""
+    """Overrides of a run of three iterations on `build(root)`'s world; 5 latent frames of 1x3: 15 tokens."""
     base: dict[str, Any] = {
         "name": output,
         "output_dir": str(root / output),
