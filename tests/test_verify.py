@@ -168,6 +168,7 @@ def test_a_wrong_weight_is_found(
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "missing": ({"image_embeds": None}, "'image_embeds' is missing"),
+    "MeanFlow's second time": ({"timestep_r": None}, "'timestep_r' is missing"),
     "unknown": ({"time_step": torch.zeros(4)}, "'time_step' is unknown"),
     "channels": ({"hidden_states": torch.zeros(4, 64, 2, 3, 5)}, "hidden_states has shape [4, 64, 2, 3, 5]"),
     "batch": ({"timestep": torch.zeros(3)}, "timestep has shape [3], expected [4]"),

@@ -101,6 +101,8 @@ def read_inputs(path: Path, config: HunyuanVideoConfig) -> Inputs:
         raise UserError(f"{path}: tensor {name!r} is unknown; known are {', '.join(sorted(known))}")
     if "timestep_r" in tensors and not config.use_meanflow:
         raise UserError(f"{path}: timestep_r is given, but config.json says use_meanflow false; leave it out")
+    if "timestep_r" not in tensors and config.use_meanflow:
+        raise UserError(f"{path}: tensor 'timestep_r' is missing; config.json says use_meanflow true")
     _check_shapes(path, tensors, config)
     for name, tensor in tensors.items():
         tensors[name] = tensor != 0 if name in MASKS else tensor.float()
