@@ -63,6 +63,14 @@ def test_two_runs_of_one_layout_are_bit_identical(root: Path, single: dict[str, 
         assert np.array_equal(value, again["weights"][name]), name
 
 
+def test_two_parallel_runs_are_bit_identical(root: Path) -> None:
+    changes = {"parallel.tensor": 2, "training.iterations": 2}
+    first, second = (run(root, f"parallel_{number}", 2, **changes) for number in range(2))
+    assert [untimed(row) for row in first["rows"]] == [untimed(row) for row in second["rows"]]
+    for name, value in first["weights"].items():
+        assert np.array_equal(value, second["weights"][name]), name
+
+
 def test_export_is_a_diffusers_model(root: Path, single: dict[str, Any]) -> None:
     from diffusers import HunyuanVideo15Transformer3DModel
 
