@@ -104,7 +104,8 @@ class RewardConfig:
 class OptimizerConfig:
     """AdamW through Megatron's optimizer."""
 
-    lr: float = 1e-5  # constant learning rate (paper)
+    lr: float = 1e-5  # learning rate, constant after the warm-up (paper)
+    warmup_steps: int = 0  # optimizer steps of linear warm-up: Adam's first steps are as large as lr allows (ours)
     weight_decay: float = 0.01  # decoupled (paper)
     beta1: float = 0.9  # decay of the first moment (PyTorch)
     beta2: float = 0.999  # decay of the second moment (PyTorch)

@@ -55,6 +55,7 @@ _BOUNDS: list[tuple[str, str, float, str]] = [
     ("kl.gain", ">", 0, "kl.schedule=fixed has no feedback"),
     ("kl.gain", "<=", 1, "more than 1 could make lambda negative"),
     ("optimizer.lr", ">=", 0, "1e-5 is the usual rate"),
+    ("optimizer.warmup_steps", ">=", 0, "0 switches the warm-up off"),
     ("optimizer.weight_decay", ">=", 0, "0 switches it off"),
     ("optimizer.beta1", ">=", 0, "0.9 is the usual value"),
     ("optimizer.beta1", "<", 1, "0.9 is the usual value"),

@@ -139,6 +139,10 @@ def _constructor_without_cuda(original: Callable[..., torch.Tensor]) -> Callable
 def _silence_advice_for_gpus() -> None:
     """Warnings that megatron gives about CUDA libraries and collectives: nothing a user of this machine could heed."""
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", message="Apex is not installed")
+    # megatron-core 0.16 calls what torch 2.13 and its own next version rename
+    warnings.filterwarnings("ignore", message="`load_state_dict` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
     warnings.filterwarnings(
         "ignore", message=".*environment variable CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning
     )

@@ -245,6 +245,9 @@ class Trainer:
                 f"optimizer step {self.optimizer_steps + 1}: gradient norm is {norm}: lower optimizer.lr; the weights "
                 "are still those of the step before, the newest checkpoint can be resumed"
             )
+        settings = self.engine.config.optimizer
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * min(1.0, (self.optimizer_steps + 1) / max(1, settings.warmup_steps))
         self.optimizer.step()
         self.optimizer_steps += 1
         kl = self.engine.config.kl

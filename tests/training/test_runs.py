@@ -144,3 +144,29 @@ def test_other_methods_run(root: Path, changes: dict[str, Any], request: pytest.
     row = found["rows"][0]
     assert row["ratio/initial_deviation"] <= 1e-6 and row["grad_norm"] > 0
     assert (row["kl/position"] > 0) == (changes.get("kl.strategy") != "none")
+
+
+def test_the_learning_rate_warms_up(root: Path) -> None:
+    rows = run(root, "warm", **{"optimizer.warmup_steps": 4})["rows"]
+    assert [row["lr"] for row in rows] == pytest.approx([0.5e-4, 1e-4, 1e-4])  # two steps an iteration
+
+
+def test_latents_that_are_not_numbers_lose_their_sample_alone() -> None:
+    """Zero times nan is nan: a dropped sample must not reach a gradient, whatever its tensors hold."""
+    import torch
+
+    from megatron_sage.model.transformer import TextCondition
+    from megatron_sage.rollout.buffer import MicroTrajectory
+    from megatron_sage.rollout.policy import Prompt
+
+    empty = torch.zeros(1, 1, 1)
+    prompt = Prompt("", TextCondition(empty, empty, empty), TextCondition(empty, empty, empty))
+    latents = torch.ones(3, 2, 4)
+    latents[:, 1] = torch.nan
+    trajectory = MicroTrajectory(0, [0, 1], prompt, [latents, latents], {0: torch.tensor([1.0, torch.nan])})
+    trajectory.keep(torch.tensor([True, False]))
+    weight = torch.ones(4, requires_grad=True)
+    (trajectory.latents_SBC[0] * weight).sum().backward()
+    assert torch.equal(weight.grad, torch.full((4,), 3.0)) and torch.equal(
+        trajectory.log_prob_B[0], torch.tensor([1.0, 0.0])
+    )
