@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from megatron_sage.conditioning.codec import VideoCodec
+from megatron_sage.config import EvaluationConfig
 from megatron_sage.engine import Engine
 from megatron_sage.grpo.schedule import shifted_sigmas
 from megatron_sage.grpo.sde import step_coefficients
@@ -66,7 +67,7 @@ def evaluate(
             | {name: float(values[row]) for name, values in scores.dimensions.items()}
             for row, index in enumerate(numbers)
         ]
-        _write_clips(label, engine, {numbers[row]: video for row, video in scores.videos.items()})
+        _write_clips(label, engine, {numbers[row]: video for row, video in scores.videos.items()}, len(prompts))
     everyone: list[Any] = [None] * groups.dp_size
     torch.distributed.all_gather_object(everyone, rows, group=groups.dp)
     if groups.rank == 0:
@@ -75,17 +76,23 @@ def evaluate(
         )
 
 
-def _write_clips(label: str, engine: Engine, videos: dict[int, np.ndarray]) -> None:
+def shown(index: int, settings: EvaluationConfig, num_prompts: int) -> bool:
+    """Whether the report shows this video: the first samples of all prompts before the second ones."""
+    prompt, sample = divmod(index, settings.samples_per_prompt)
+    return sample * num_prompts + prompt < settings.videos
+
+
+def _write_clips(label: str, engine: Engine, videos: dict[int, np.ndarray], num_prompts: int) -> None:
     config = engine.config
     directory = Path(config.output_dir) / "samples" / label
     directory.mkdir(parents=True, exist_ok=True)
     scale = SCALE if config.video.height < 128 else 1
     for index, video in videos.items():
-        if index < config.evaluation.videos:
+        if shown(index, config.evaluation, num_prompts):
             write_mp4(directory / f"{index:03d}.mp4", video, config.video.fps, scale=scale)
 
 
-def _record(directory: Path, label: str, rows: list[dict[str, Any]], settings: Any) -> None:
+def _record(directory: Path, label: str, rows: list[dict[str, Any]], settings: EvaluationConfig) -> None:
     """Add one evaluation to evaluation.json; with both there, the paired difference and its standard error.
 
     Samples of one prompt are not independent: the standard errors are those of the prompts' means.
@@ -94,7 +101,7 @@ def _record(directory: Path, label: str, rows: list[dict[str, Any]], settings: A
     content = json.loads(file.read_text()) if file.exists() else {}
     names = [key for key in rows[0] if key not in ("index", "prompt", "reward")]
     for row in rows:
-        if row["index"] < settings.videos:
+        if shown(row["index"], settings, len(rows) // settings.samples_per_prompt):
             row["file"] = f"samples/{label}/{row['index']:03d}.mp4"
     by_prompt = prompt_means(rows, settings.samples_per_prompt)
     content[label] = {
