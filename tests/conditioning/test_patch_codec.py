@@ -31,14 +31,19 @@ def test_latents_depend_on_their_own_frames_and_neighbouring_patches_only(vae: P
 
 
 def test_pixels_land_where_they_came_from() -> None:
-    """With one linear map and its inverse in place of the networks, decoding undoes encoding exactly."""
+    """With the patches themselves as masks between two known colours, decoding undoes encoding."""
     vae = PatchCodec()
     vae.encoder, vae.decoder = torch.nn.Identity(), torch.nn.Identity()
-    seen = []
+    seen: list[torch.Tensor] = []
     vae.encoder.register_forward_hook(lambda module, args, out: seen.append(out))
-    x = torch.rand(1, 3, 5, 32, 48)
-    vae.encode(x)
-    assert torch.equal(vae.decode(seen[0]).sample, x)
+    grey = (torch.rand(1, 1, 5, 32, 48) * 0.9 + 0.05).expand(-1, 3, -1, -1, -1)
+    vae.encode(grey)
+    low, high = torch.tensor([0.0, 0.1, -0.2]), torch.tensor([1.0, 0.6, 0.3])
+    mask = seen[0].chunk(3, dim=1)[0].logit()
+    colours = torch.cat([low, high]).reshape(1, 6, 1, 1, 1).expand(1, 6, *mask.shape[2:])
+    decoded = vae.decode(torch.cat([mask, colours], dim=1)).sample
+    expected = low[:, None, None, None] + grey[0] * (high - low)[:, None, None, None]
+    torch.testing.assert_close(decoded[0], expected)
 
 
 def test_saved_and_loaded_through_the_codec(vae: PatchCodec, tmp_path) -> None:
