@@ -70,6 +70,7 @@ def test_world_size_comes_from_torchrun(capsys, monkeypatch, model):
 def test_one_process_of_a_machine_speaks(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)  # other tests of this process may have
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     assert main(["train", "seed=-1"]) == 2
