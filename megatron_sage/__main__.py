@@ -79,7 +79,7 @@ def _train(argv: list[str]) -> int:
     parser = _Parser(
         prog="megatron-sage train",
         description="Improve a model by SAGE-GRPO. Alone, or: torchrun --nproc-per-node N -m megatron_sage train ...",
-        epilog="Example: megatron-sage train examples/quickstart/quickstart.yaml training.iterations=3 reward.weights.TA=2",
+        epilog="Example: megatron-sage train examples/quickstart/quickstart.yaml training.iterations=3",
     )
     parser.add_argument("settings", metavar="CONFIG key=value", nargs="*", help="YAML file, then dotted overrides")
     parser.add_argument(
