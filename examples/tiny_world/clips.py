@@ -11,16 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_sage.rewards.shapes import COLOURS, DIRECTIONS, FORMS
+
 FRAMES, HEIGHT, WIDTH = 81, 32, 48
 FPS = 16
-COLOURS = {
-    "red": (0.90, 0.15, 0.15),
-    "green": (0.15, 0.80, 0.20),
-    "blue": (0.20, 0.35, 0.95),
-    "yellow": (0.95, 0.85, 0.15),
-}
-FORMS = ("circle", "square", "triangle")
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y grows downwards
 SPEEDS = {"slowly": 7.0, "quickly": 14.0}  # pixels travelled in a whole clip
 # how far a form of radius 1 reaches from its centroid: (left, up), (right, down)
 REACH = {"circle": ((1, 1), (1, 1)), "square": ((0.89, 0.89), (0.89, 0.89)), "triangle": ((1.35, 1.56), (1.35, 0.78))}

@@ -37,9 +37,6 @@ def monotone(values: list[float], step: float = 0.01) -> None:
 
 
 def test_the_vocabulary_is_the_tiny_worlds() -> None:
-    assert shapes.COLOURS == clips.COLOURS
-    assert shapes.FORMS == clips.FORMS
-    assert shapes.DIRECTIONS == clips.DIRECTIONS
     assert shapes.UNITS_PER_WIDTH == clips.WIDTH
     seconds = (clips.FRAMES - 1) / clips.FPS
     assert {name: speed * seconds for name, speed in shapes.SPEEDS.items()} == pytest.approx(clips.SPEEDS)
