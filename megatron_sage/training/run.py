@@ -30,10 +30,9 @@ def train(config: Config) -> int:
         torch.set_num_threads(config.precision.threads)
     layout = config.parallel
     groups = process_groups.initialize(layout.tensor, layout.context, layout.pipeline, config.seed)
-    try:
-        _train(config, groups)
-    finally:
-        process_groups.shutdown()
+    _train(config, groups)
+    # Not in a `finally`: the command line prints an error of one rank alone only while the groups still exist.
+    process_groups.shutdown()
     return 0
 
 
