@@ -17,12 +17,12 @@ from megatron_sage.config import Config
 from megatron_sage.grpo.schedule import shifted_sigmas
 from megatron_sage.grpo.sde import StepCoefficients, step_coefficients
 from megatron_sage.model.config import HunyuanVideoConfig
-from megatron_sage.model.transformer import HunyuanVideoDiT, TextCondition
+from megatron_sage.model.transformer import HunyuanVideoDiT, TextCondition, build_chunks
+from megatron_sage.parallel import groups as process_groups
 from megatron_sage.parallel.device import device
 from megatron_sage.parallel.groups import Groups
-from megatron_sage.parallel.sequence import TokenShard
-from megatron_sage.rollout.policy import Prompt, VideoShape, guided_velocity
-from megatron_sage.rollout.sampler import StepTable, Velocity
+from megatron_sage.rollout.policy import Network, Prompt, VideoShape
+from megatron_sage.rollout.sampler import StepTable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEMPORAL, SPATIAL = 4, 16  # compression of the HunyuanVideo-1.5 VAE
@@ -34,21 +34,61 @@ class Engine:
 
     config: Config
     groups: Groups
-    model: HunyuanVideoDiT
+    chunks: list[HunyuanVideoDiT]  # this rank's part of the policy; one, but under the interleaved schedule
     dtype: torch.dtype
     device: torch.device
     shape: VideoShape
     token_group: dist.ProcessGroup | None  # over which video tokens are split; None: every rank holds all
 
-    def velocity(self, guidance: float | None = None, model: torch.nn.Module | None = None) -> Velocity:
-        """The guided velocity of the policy (or of its DDP wrapper, when gradients are wanted)."""
+    @property
+    def model_config(self) -> HunyuanVideoConfig:
+        """The policy's configuration, the same for all chunks."""
+        return self.chunks[0].config
+
+    def network(self, guidance: float | None = None) -> Network:
+        """The policy with the run's guidance, or another."""
         scale = self.config.sampler.guidance_scale if guidance is None else guidance
-        network, channels = model or self.model, self.model.config.in_channels
+        return Network(self.chunks, self.shape, scale, self.device)
 
-        def call(x_SBC: torch.Tensor, sigma: float, prompt: Prompt) -> torch.Tensor:
-            return guided_velocity(network, x_SBC, sigma, prompt, self.shape, scale, channels, self.dtype)
+    def eval(self) -> None:
+        """All chunks."""
+        for chunk in self.chunks:
+            chunk.eval()
 
-        return call
+    def train(self) -> None:
+        """All chunks."""
+        for chunk in self.chunks:
+            chunk.train()
+
+
+def initialize_groups(config: Config) -> Groups:
+    """The process groups of the configured layout."""
+    layout = config.parallel
+    return process_groups.initialize(
+        layout.tensor,
+        layout.context,
+        layout.pipeline,
+        config.seed,
+        virtual_pipeline=layout.virtual_pipeline,
+        hierarchical_context=layout.hierarchical_context,
+    )
+
+
+def model_config(config: Config, transformer: dict[str, Any]) -> HunyuanVideoConfig:
+    """The policy's configuration at the configured layout and precision; UserError where they do not fit together."""
+    layout = config.parallel
+    return HunyuanVideoConfig.from_diffusers(
+        transformer,
+        tensor=layout.tensor,
+        sequence_parallel=layout.sequence,
+        context=layout.context,
+        context_backend=layout.context_backend,
+        pipeline=layout.pipeline,
+        virtual_pipeline=layout.virtual_pipeline,
+        pipeline_layout=layout.pipeline_layout,
+        dtype=DTYPES[config.precision.dtype],
+        recompute=config.precision.recompute,
+    )
 
 
 def step_table(sde_type: str, num_steps: int, shift: float, eta: float) -> tuple[StepTable, StepCoefficients]:
@@ -60,24 +100,14 @@ def step_table(sde_type: str, num_steps: int, shift: float, eta: float) -> tuple
 
 def build_engine(config: Config, groups: Groups) -> Engine:
     """The policy with its weights, on this rank's device."""
-    dtype = DTYPES[config.precision.dtype]
-    tensor = config.parallel.tensor
-    split = config.parallel.sequence and tensor > 1
-    model_config = HunyuanVideoConfig.from_diffusers(
-        read_transformer_config(config.model.pretrained),
-        tensor=tensor,
-        sequence_parallel=split,
-        dtype=dtype,
-        recompute=config.precision.recompute,
-    )
-    model = HunyuanVideoDiT(model_config, groups.collection).to(device())
+    settings = model_config(config, read_transformer_config(config.model.pretrained))
+    chunks = build_chunks(settings, groups.collection)
     assert config.model.weights is not None  # validated
-    load_weights(model, config.model.weights)
+    load_weights(chunks, config.model.weights)
     video = config.video
     grid = ((video.frames - 1) // TEMPORAL + 1, video.height // SPATIAL, video.width // SPATIAL)
-    shard = TokenShard(grid[0] * grid[1] * grid[2], tensor if split else 1, groups.tp_rank if split else 0)
-    shape = VideoShape(grid, model_config.out_channels, shard)
-    return Engine(config, groups, model, dtype, device(), shape, groups.tp if split else None)
+    shape = VideoShape(grid, settings.out_channels, chunks[0].image_shard(grid))
+    return Engine(config, groups, chunks, settings.params_dtype, device(), shape, chunks[0].token_group)
 
 
 def read_transformer_config(pretrained: str) -> dict[str, Any]:
@@ -110,6 +140,6 @@ def encode_prompts(config: Config, engine: Engine, texts: list[str]) -> dict[str
 def _condition(cache: EmbeddingCache, text: str, engine: Engine) -> TextCondition:
     """One text without its padding tokens, batch 1, on the device; no image tokens: text-to-video."""
     embedding = cache.get(text).valid()
-    image = torch.zeros(1, 0, engine.model.config.image_embed_dim)
+    image = torch.zeros(1, 0, engine.model_config.image_embed_dim)
     tokens = (embedding.encoder_hidden_states[None], embedding.encoder_hidden_states_2[None], image)
     return TextCondition(*(x.to(engine.device, engine.dtype) for x in tokens))

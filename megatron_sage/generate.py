@@ -10,7 +10,7 @@ import torch
 from megatron_sage import parallel  # noqa: F401  (CPU backend before Megatron)
 from megatron_sage.config import Config, load_config, validate
 from megatron_sage.data.prompts import read_prompts
-from megatron_sage.engine import Engine, build_engine, encode_prompts, load_codec
+from megatron_sage.engine import Engine, build_engine, encode_prompts, initialize_groups, load_codec
 from megatron_sage.errors import UserError
 from megatron_sage.grpo.schedule import shifted_sigmas
 from megatron_sage.grpo.sde import step_coefficients
@@ -19,8 +19,10 @@ from megatron_sage.parallel import noise
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.reporting.video import write_mp4
 from megatron_sage.rollout.policy import Prompt
-from megatron_sage.rollout.sampler import StepTable, sample_latents
+from megatron_sage.rollout.sampler import Flight, StepTable, sample_latents
 from megatron_sage.rollout.scoring import whole_latents
+
+AT_ONCE = 4  # videos on the way for each pipeline stage
 
 
 def main(argv: list[str]) -> int:
@@ -44,8 +46,7 @@ def main(argv: list[str]) -> int:
     texts = arguments.prompt or read_prompts(arguments.prompts or config.data.prompts)
     if config.precision.threads:
         torch.set_num_threads(config.precision.threads)
-    layout = config.parallel
-    groups = process_groups.initialize(layout.tensor, layout.context, layout.pipeline, config.seed)
+    groups = initialize_groups(config)
     try:
         engine = build_engine(config, groups)
         prompts = encode_prompts(config, engine, texts)
@@ -63,27 +64,20 @@ def _sample(config: Config, engine: Engine, prompts: list[Prompt], arguments: ar
     codec = load_codec(config)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    engine.model.eval()
+    engine.eval()
     mine = range(len(prompts))[engine.groups.dp_rank :: engine.groups.dp_size]
-    count, tp = arguments.samples, engine.groups.tp
-    with reporter.bar("sample", len(mine) * count * config.sampler.num_steps) as tick:
-        for number in mine:
-            for sample in range(count):
-                x_SBC = sample_latents(
-                    engine.velocity(),
-                    table,
-                    prompts[number],
-                    engine.shape,
-                    [sample],
-                    seed=config.seed,
-                    group=number,
-                    stream=noise.SAMPLE,
-                    device=engine.device,
-                    on_step=tick,
-                )
+    count, replica = arguments.samples, engine.groups.replica
+    flights = [Flight(number, [sample], prompts[number]) for number in mine for sample in range(count)]
+    at_once = AT_ONCE * engine.groups.pp_size  # fills the pipeline, and bounds what is lost when a run is interrupted
+    with reporter.bar("sample", len(flights) * config.sampler.num_steps) as tick:
+        for start in range(0, len(flights), at_once):
+            some = flights[start : start + at_once]
+            network = engine.network()
+            found = sample_latents(network, table, some, seed=config.seed, stream=noise.SAMPLE, on_step=tick)
+            for position, (flight, x_SBC) in enumerate(zip(some, found, strict=True), start):
                 latents = whole_latents(x_SBC, engine.shape, engine.token_group)[0]
-                index = number * count + sample
-                if index % tp.size() == tp.rank():
+                index = flight.group * count + flight.samples[0]
+                if position % replica.size() == replica.rank():
                     file = out / f"{index:04d}.mp4"
                     write_mp4(file, codec.decode(latents), config.video.fps, scale=arguments.scale)
     if engine.groups.rank == 0:

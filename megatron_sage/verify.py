@@ -22,11 +22,12 @@ from megatron_sage.checkpoint.distributed import gather_named, key_map, load_hf_
 from megatron_sage.checkpoint.safetensors_io import SafetensorsWriter, Spec
 from megatron_sage.checkpoint.staging import on_all_ranks
 from megatron_sage.config import load_config
+from megatron_sage.engine import DTYPES, initialize_groups, model_config
 from megatron_sage.errors import UserError
-from megatron_sage.model.config import DIFFUSERS_CLASS, HunyuanVideoConfig
-from megatron_sage.model.transformer import HunyuanVideoDiT
+from megatron_sage.model.config import DIFFUSERS_CLASS
+from megatron_sage.model.transformer import HunyuanVideoDiT, build_chunks
 from megatron_sage.parallel.device import device
-from megatron_sage.parallel.groups import initialize, shutdown
+from megatron_sage.parallel.groups import shutdown
 from megatron_sage.verification.inputs import Inputs, random_inputs, read_inputs
 from megatron_sage.verification.ours import Result, run_ours
 from megatron_sage.verification.reference import (
@@ -37,7 +38,6 @@ from megatron_sage.verification.reference import (
     tolerances,
 )
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORST_SHOWN = 5
 
 
@@ -50,26 +50,21 @@ def main(argv: Sequence[str]) -> int:
     directory = transformer_directory(args.directory)
     started_here = not dist.is_initialized()
     try:
-        groups = initialize(tensor=parallel.tensor, seed=args.seed)
+        groups = initialize_groups(settings)
     except ValueError as error:
-        raise UserError(f"parallel.tensor={parallel.tensor}: {error}") from error
+        raise UserError(f"parallel: {error}") from error
     try:
         with on_all_ranks():
-            config = HunyuanVideoConfig.from_diffusers(
-                read_config(directory, DIFFUSERS_CLASS),
-                tensor=parallel.tensor,
-                sequence_parallel=parallel.sequence,
-                dtype=DTYPES[precision.dtype],
-                recompute=precision.recompute,
-            )
+            config = model_config(settings, read_config(directory, DIFFUSERS_CLASS))
             inputs = read_inputs(args.inputs, config) if args.inputs else None
-        model = HunyuanVideoDiT(config, groups.collection)
+        model = build_chunks(config, groups.collection)
         load_hf_weights(model, directory)
         console = Console(quiet=groups.rank != 0, width=None if os.isatty(1) else 120, highlight=False)
         console.print(
             f"{directory}: {config.num_layers} blocks, {config.num_attention_heads} heads of {config.kv_channels}; "
-            f"tensor={groups.tp_size} sequence={config.sequence_parallel} dtype={precision.dtype} "
-            f"recompute={precision.recompute} on {groups.world_size} process(es), {device()}"
+            f"tensor={groups.tp_size} sequence={config.sequence_parallel} context={groups.cp_size} "
+            f"({config.context_backend}) pipeline={groups.pp_size} chunks={len(model)} data={groups.dp_size} "
+            f"dtype={precision.dtype} recompute={precision.recompute} on {groups.world_size} process(es), {device()}"
         )
         if inputs is not None:
             return _run_given(model, inputs, args.save, console)
@@ -93,9 +88,6 @@ def _parser() -> OneLineParser:
 
 
 def _check_settings(settings: Any, args: Any) -> None:
-    for name in ("context", "pipeline"):
-        if getattr(settings.parallel, name) != 1:
-            raise UserError(f"parallel.{name}={getattr(settings.parallel, name)}: only 1 in this version")
     if settings.precision.dtype not in DTYPES:
         raise UserError(f"precision.dtype={settings.precision.dtype}: must be one of {', '.join(DTYPES)}")
     if args.save and not args.inputs:
@@ -106,7 +98,7 @@ def _check_settings(settings: Any, args: Any) -> None:
         raise UserError("--grid, --text-tokens, --image-tokens: must be at least 1")
 
 
-def _run_given(model: HunyuanVideoDiT, inputs: Inputs, save: Path | None, console: Console) -> int:
+def _run_given(model: list[HunyuanVideoDiT], inputs: Inputs, save: Path | None, console: Console) -> int:
     result = run_ours(model, inputs.to(device()))
     console.print(f"sample {list(result.sample.shape)}: rms {float(result.sample.square().mean().sqrt()):.6g}")
     if inputs.grad_output is None:
@@ -117,7 +109,7 @@ def _run_given(model: HunyuanVideoDiT, inputs: Inputs, save: Path | None, consol
     return 0
 
 
-def _save(model: HunyuanVideoDiT, result: Result, path: Path) -> None:
+def _save(model: list[HunyuanVideoDiT], result: Result, path: Path) -> None:
     """Whole float32 tensors from rank 0, gathered one by one. All ranks call."""
     tensors = {"sample": result.sample}
     gradients: Iterator[tuple[str, torch.Tensor | None]] = iter(())
@@ -145,13 +137,14 @@ def _save(model: HunyuanVideoDiT, result: Result, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _compare(model: HunyuanVideoDiT, directory: Path, args: Any, console: Console) -> int:
-    tolerance, gradient_tolerance = tolerances(model.config.params_dtype, model.config.num_layers)
+def _compare(model: list[HunyuanVideoDiT], directory: Path, args: Any, console: Console) -> int:
+    config = model[0].config
+    tolerance, gradient_tolerance = tolerances(config.params_dtype, config.num_layers)
     reference = Reference(directory, device()) if dist.get_rank() == 0 else None
     failed = False
     for image_to_video in (False, True):
         inputs = random_inputs(
-            model.config, tuple(args.grid), args.text_tokens, args.image_tokens, image_to_video, args.seed
+            config, tuple(args.grid), args.text_tokens, args.image_tokens, image_to_video, args.seed
         ).to(device())
         ours = run_ours(model, inputs, observe_blocks=True)
         gradients = gather_named(model, "grad")

@@ -156,7 +156,7 @@ def test_a_wrong_weight_is_found(
     def load_wrongly(model: torch.nn.Module, directory: Path) -> None:
         load_hf_weights(model, directory)
         with torch.no_grad():
-            model.transformer_blocks[1].ff.linear_fc1.bias[3] += 0.01
+            model.transformer_blocks["1"].ff.linear_fc1.bias[3] += 0.01
 
     monkeypatch.setattr(verify, "load_hf_weights", load_wrongly)
     assert run([hf, "--grid", 1, 2, 3]) == 1

@@ -7,6 +7,7 @@ Where a default comes from is said beside it: "paper" is SAGE-GRPO (arXiv 2603.2
 from dataclasses import dataclass, field
 from typing import Literal
 
+ContextBackend = Literal["auto", "ulysses", "allgather", "te_p2p", "te_a2a", "te_a2a+p2p"]
 SdeType = Literal["sage_grpo", "dance_grpo", "flow_grpo", "cps"]
 
 
@@ -24,8 +25,12 @@ class ParallelConfig:
 
     tensor: int = 1  # ranks that share each layer (TP)
     sequence: bool = True  # Megatron sequence parallelism; has no effect where tensor = 1
-    context: int = 1  # ranks that share the tokens (CP); only 1 in this version
-    pipeline: int = 1  # pipeline stages (PP); only 1 in this version
+    context: int = 1  # ranks that share the video tokens (CP)
+    context_backend: ContextBackend = "auto"  # attention over CP; auto: ulysses where heads / tensor divide by context
+    hierarchical_context: list[int] | None = None  # for te_a2a+p2p: ranks of the inner all-to-all, of the outer ring
+    pipeline: int = 1  # pipeline stages (PP), of any number of blocks each
+    virtual_pipeline: int | None = None  # chunks of each stage: Megatron's interleaved schedule; None: one
+    pipeline_layout: str | None = None  # blocks of each stage, e.g. "Et*13|t*14|t*14|t*13L"; None: balanced
     data: int | None = None  # model replicas (DP); None: as many as the world size gives
 
 
@@ -58,6 +63,8 @@ class SamplerConfig:
     eta: float = 0.5  # scale of the injected noise (paper)
     guidance_scale: float = 6.0  # classifier-free guidance; 1 runs the conditional branch alone (model)
     micro_batch: int = 1  # samples of one group in one forward, in the rollout and in training alike (ours)
+    latent_dtype: Literal["fp32", "bf16"] = "fp32"  # of the kept latents; they are rounded before they are scored
+    offload_trajectories: bool = False  # let latents and velocities wait in host memory until training needs them
 
 
 @dataclass
@@ -166,7 +173,10 @@ ALIASES = {
     "parallel.tensor_model_parallel_size": "parallel.tensor",
     "parallel.sequence_parallel": "parallel.sequence",
     "parallel.context_parallel_size": "parallel.context",
+    "parallel.hierarchical_context_parallel_sizes": "parallel.hierarchical_context",
     "parallel.pipeline_model_parallel_size": "parallel.pipeline",
+    "parallel.virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
+    "parallel.pipeline_model_parallel_layout": "parallel.pipeline_layout",
     "parallel.data_parallel_size": "parallel.data",
 }
 

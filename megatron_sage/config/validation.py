@@ -113,10 +113,6 @@ def _check_names(config: Config) -> None:
 
 def _check_layout(config: Config, world_size: int) -> None:
     parallel = config.parallel
-    for key, word in (("context", "context"), ("pipeline", "pipeline")):
-        value = getattr(parallel, key)
-        if value != 1:
-            _refuse(f"parallel.{key}", value, f"{word} parallelism is not in this version; set parallel.{key}=1")
     if parallel.data is not None and parallel.data < 1:
         _refuse("parallel.data", parallel.data, "must be >= 1; null takes what the world size gives")
     model = parallel.tensor * parallel.context * parallel.pipeline

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -11,6 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron_sage.model.config import HunyuanVideoConfig
 from megatron_sage.model.recompute import run, selective_modules
 from megatron_sage.model.rope import rotate
+from megatron_sage.parallel.context import Heads
 from megatron_sage.parallel.sequence import TokenShard, pad_tokens
 
 
@@ -19,9 +19,13 @@ class TokenLayout:
     """How many tokens of each stream there are, how they are sharded, and the image tokens' rotations."""
 
     image: TokenShard
+    """Over CP, and over TP with sequence parallelism: what a rank has between attentions."""
+    context: TokenShard
+    """Over CP alone: what a rank has inside attention, on its heads."""
     text: TokenShard
+    """Over TP with sequence parallelism; CP ranks hold the same text tokens."""
     rotation: torch.Tensor
-    """[image.num_tokens, D/2] complex64."""
+    """[context.valid, D/2] complex64, of these tokens' global positions."""
 
 
 @dataclass
@@ -34,22 +38,14 @@ class JointAttentionSubmodules:
     core: ModuleSpec | type
 
 
-class UnmaskedAttention(torch.nn.Module):
-    """Full attention by torch's fused kernels. There is no mask: padding never gets here."""
-
-    def forward(self, q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBND: torch.Tensor) -> torch.Tensor:
-        """[Sq, B, N, D], [Sk, B, N, D] twice -> [Sq, B, N * D]."""
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_SBND, v_SBND))
-        return F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
-
-
 class JointAttention(MegatronModule):
     """Attention over [image tokens | text tokens], heads divided over TP.
 
     Fused QKV rows are [head][q, k, v][channel], so a contiguous split of the rows is a split of the heads.
 
-    With sequence parallelism a stream is whole again (on this rank's heads) between `qkv` and `proj`: there the padding
-    that made it divisible is cut off, and put back after the softmax. Hence no mask.
+    With sequence parallelism a stream is whole again (on this rank's heads and its context-parallel part) between `qkv`
+    and `proj`: there the padding that made it divisible is cut off, and put back after the softmax. Hence no mask. What
+    context parallelism exchanges is the core's business.
     """
 
     def __init__(
@@ -69,7 +65,7 @@ class JointAttention(MegatronModule):
         self.img_q_layernorm, self.img_k_layernorm, self.txt_q_layernorm, self.txt_k_layernorm = (
             build_module(submodules.qk_norm, config.kv_channels, config.layernorm_epsilon) for _ in range(4)
         )
-        self.core = build_module(submodules.core)
+        self.core = build_module(submodules.core, config=config, pg_collection=pg_collection)
 
     def _qkv(self, spec: ModuleSpec | type) -> torch.nn.Module:
         return build_module(
@@ -103,31 +99,34 @@ class JointAttention(MegatronModule):
         self, image_SBH: torch.Tensor, text_LBH: torch.Tensor, layout: TokenLayout
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This rank's tokens in and out. The last block's text output is None: nothing reads it."""
-        num_image, num_text = layout.image.num_tokens, layout.text.num_tokens
-        image_qkv = self.img_qkv(image_SBH)[0][:num_image]
+        context, num_text = layout.context, layout.text.num_tokens
+        image_qkv = self.img_qkv(image_SBH)[0][: context.valid]
         text_qkv = self.txt_qkv(text_LBH)[0][:num_text]
 
-        def joint(image_qkv: torch.Tensor, text_qkv: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        def joint(image_qkv: torch.Tensor, text_qkv: torch.Tensor, rotation: torch.Tensor) -> tuple[torch.Tensor, ...]:
             heads = run("layernorm" in self.recompute, self._heads, image_qkv, text_qkv, rotation)
-            return self.core(*heads)
+            text_q = heads[5] if len(heads) == 6 else None
+            image_out, text_out = self.core(Heads(*heads[:3]), Heads(text_q, *heads[3:5]), context)
+            return (image_out,) if text_out is None else (image_out, text_out)
 
         out = run("core_attn" in self.recompute, joint, image_qkv, text_qkv, layout.rotation)
-        if self.last:
-            return self.img_proj(pad_tokens(out, layout.image.padded))[0], None
-        image_out, text_out = out.split([num_image, num_text])
-        return (
-            self.img_proj(pad_tokens(image_out, layout.image.padded))[0],
-            self.txt_proj(pad_tokens(text_out, layout.text.padded))[0],
-        )
+        image_out = self.img_proj(pad_tokens(out[0], context.local))[0]
+        return image_out, None if self.last else self.txt_proj(pad_tokens(out[1], layout.text.padded))[0]
 
     def _heads(
         self, image_qkv: torch.Tensor, text_qkv: torch.Tensor, rotation: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Fused projections [S, B, N * 3 * D] -> normed and rotated q, k, v of the joint sequence [S + L, B, N, D]."""
+    ) -> tuple[torch.Tensor, ...]:
+        """Fused projections [S, B, N * 3 * D] -> normed and rotated image q, k, v, text k, v and q, [S, B, N, D] each.
+
+        The last block has no use for what the text asks: its text has no q.
+        """
         image_q, image_k, image_v = image_qkv.unflatten(-1, (-1, 3, self.config.kv_channels)).unbind(-2)
         text_q, text_k, text_v = text_qkv.unflatten(-1, (-1, 3, self.config.kv_channels)).unbind(-2)
-        q = rotate(self.img_q_layernorm(image_q), rotation)
-        if not self.last:  # the last block has no use for what the text asks
-            q = torch.cat([q, self.txt_q_layernorm(text_q)])
-        k = torch.cat([rotate(self.img_k_layernorm(image_k), rotation), self.txt_k_layernorm(text_k)])
-        return q, k, torch.cat([image_v, text_v])
+        heads = (
+            rotate(self.img_q_layernorm(image_q), rotation),
+            rotate(self.img_k_layernorm(image_k), rotation),
+            image_v,
+            self.txt_k_layernorm(text_k),
+            text_v,
+        )
+        return heads if self.last else (*heads, self.txt_q_layernorm(text_q))

@@ -26,7 +26,8 @@ class DoubleStreamBlock(MegatronModule):
     """One block (diffusers: HunyuanVideo15TransformerBlock); `norm1*`, `ff*` are its names too.
 
     The last block has text parameters that nothing uses (its text output is discarded): they are kept for the
-    checkpoint's sake and receive no gradient.
+    checkpoint's sake and frozen. With a gradient of zero weight decay would shrink them all the same, Muon would step
+    on noise, and a gradient bucket that waits for their gradient would wait for ever.
     """
 
     def __init__(
@@ -49,6 +50,9 @@ class DoubleStreamBlock(MegatronModule):
             )
             for _ in range(2)
         )
+        if last:
+            for module in (self.ff_context, self.attn.txt_proj, self.attn.txt_q_layernorm):
+                module.requires_grad_(False)
 
     def forward(
         self, image_SBH: torch.Tensor, text_LBH: torch.Tensor, silu_temb_BH: torch.Tensor, layout: TokenLayout

@@ -12,10 +12,14 @@ from megatron_sage import parallel  # noqa: F401  (prepares the CPU backend befo
 from megatron_sage.errors import UserError
 
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+from megatron_sage.model.stages import balanced_layout, blocks_of_stages, parse_layout  # isort: skip
+from megatron_sage.parallel.context import ALLGATHER, AUTO, ULYSSES, choose_backend  # isort: skip
 
 DIFFUSERS_CLASS = "HunyuanVideo15Transformer3DModel"
 BYT5_INNER_WIDTH = 2048  # hard-coded in diffusers and in the official code, whatever the model's size
 RECOMPUTE = ("none", "selective", "full")
+TE_BACKENDS = ("te_p2p", "te_a2a", "te_a2a+p2p")  # Transformer Engine's, GPU only
+CONTEXT_BACKENDS = (AUTO, ULYSSES, ALLGATHER, *TE_BACKENDS)
 
 # diffusers' constructor defaults: what a key that is absent from config.json means
 _DIFFUSERS_DEFAULTS: dict[str, Any] = {
@@ -69,11 +73,23 @@ class HunyuanVideoConfig(TransformerConfig):
     use_meanflow: bool = False
     diffusers_version: str | None = None
     """`_diffusers_version` of the config.json, kept so that it can be written back as it was."""
+    context_backend: str = AUTO
+    """How attention exchanges tokens over CP; `auto` is resolved on construction."""
+    has_cond_embedder: bool = True
+    """Tells `finalize_model_grads` to sum the timestep embedder's gradients over the pipeline: each stage has a copy."""
 
     def __post_init__(self) -> None:
         self.rope_axes_dim = tuple(self.rope_axes_dim)  # type: ignore[assignment]  # json has lists
         _validate(self)
+        if self.context_backend == AUTO:
+            sizes = self.num_attention_heads, self.tensor_model_parallel_size, self.context_parallel_size
+            self.context_backend, _ = choose_backend(*sizes)
         super().__post_init__()
+
+    @property
+    def stage_blocks(self) -> list[list[range]]:
+        """`[pipeline rank][chunk]` -> indices of its blocks."""
+        return blocks_of_stages(self.pipeline_model_parallel_layout, self.num_layers)  # type: ignore[arg-type]
 
     @classmethod
     def from_diffusers(
@@ -82,6 +98,11 @@ class HunyuanVideoConfig(TransformerConfig):
         *,
         tensor: int = 1,
         sequence_parallel: bool = False,
+        context: int = 1,
+        context_backend: str = AUTO,
+        pipeline: int = 1,
+        virtual_pipeline: int | None = None,
+        pipeline_layout: str | None = None,
         dtype: torch.dtype = torch.float32,
         recompute: str = "none",
         **overrides: Any,
@@ -92,6 +113,11 @@ class HunyuanVideoConfig(TransformerConfig):
             config: the parsed json; absent keys mean diffusers' defaults, keys that start with `_` are its bookkeeping.
             tensor: tensor-parallel size.
             sequence_parallel: shard the tokens over TP between attention and MLP; ignored where `tensor` is 1.
+            context: context-parallel size.
+            context_backend: `auto`, `ulysses`, `allgather`, or one of Transformer Engine's (`te_*`).
+            pipeline: pipeline stages, of any number of blocks each.
+            virtual_pipeline: chunks of each stage (interleaved schedule); None or 1: one.
+            pipeline_layout: the blocks of each stage in Megatron's notation; None: balanced.
             dtype: of all parameters.
             recompute: "full" keeps each block's input only; "selective" recomputes what needs no attention kernel
                 (norms, modulation, RoPE, MLP); `recompute_modules` among the overrides chooses otherwise.
@@ -123,8 +149,11 @@ class HunyuanVideoConfig(TransformerConfig):
             "params_dtype": dtype,
             "bf16": dtype is torch.bfloat16,
             "fp16": dtype is torch.float16,
+            "context_parallel_size": context,
+            "context_backend": context_backend,
             "diffusers_version": config.get("_diffusers_version"),
             **_FIXED,
+            **_pipeline_fields(fields["num_layers"], pipeline, virtual_pipeline, pipeline_layout, dtype),
             **_recompute_fields(recompute),
         }
         return cls(**{**megatron, **{key: fields[key] for key in _SAME_NAME}, **overrides})
@@ -154,10 +183,33 @@ _FIXED: dict[str, Any] = {
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
     "cuda_graph_scope": [],  # the default is a deprecated spelling of this
-    # pipeline stages and data-parallel replicas with different prompt lengths exchange differently long sequences
-    "variable_seq_lengths": True,
-    "moe_token_dispatcher_type": "alltoall",  # Megatron's condition for variable_seq_lengths, no expert is involved
 }
+
+
+def _pipeline_fields(
+    num_layers: int, pipeline: int, virtual: int | None, layout: str | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Megatron's fields for a pipeline; none for a single stage, whatever the other arguments say."""
+    if pipeline == 1:
+        if (virtual or 1) > 1 or layout is not None:
+            raise UserError("parallel.virtual_pipeline and parallel.pipeline_layout need parallel.pipeline > 1")
+        return {}
+    if layout is None:
+        rows = balanced_layout(num_layers, pipeline, virtual or 1)
+    else:
+        rows = parse_layout(layout, num_layers, pipeline, virtual)
+    interleaved = len(rows) > pipeline
+    return {
+        "pipeline_model_parallel_size": pipeline,
+        "virtual_pipeline_model_parallel_size": len(rows) // pipeline if interleaved else None,
+        "pipeline_model_parallel_layout": rows,
+        "pipeline_dtype": dtype,
+        # Two traps of Megatron-core 0.16, neither of which it checks: interleaved with two stages computes wrong
+        # numbers unless sends and receives overlap, and with overlap a deallocated output may be sent as garbage.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "deallocate_pipeline_outputs": False,
+    }
 
 
 def _recompute_fields(recompute: str) -> dict[str, Any]:
@@ -183,6 +235,16 @@ def _validate(config: HunyuanVideoConfig) -> None:
     if heads % tensor:
         raise UserError(
             f"parallel.tensor: {heads} attention heads cannot be divided over tensor={tensor}: choose a divisor"
+        )
+    context = config.context_parallel_size
+    if config.context_backend not in CONTEXT_BACKENDS:
+        raise UserError(
+            f"parallel.context_backend={config.context_backend}: choose from {', '.join(CONTEXT_BACKENDS)}"
+        )
+    if config.context_backend in (ULYSSES, "te_a2a") and heads // tensor % context:
+        raise UserError(
+            f"parallel.context_backend={config.context_backend}: {heads} heads / tensor {tensor} = {heads // tensor} "
+            f"cannot be divided over context={context}: choose allgather, or a context size that divides"
         )
     if head_dim is None or config.hidden_size != heads * head_dim:
         raise UserError(f"config.json: hidden_size {config.hidden_size} is not {heads} heads * {head_dim} channels")

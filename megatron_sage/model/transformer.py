@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,7 +19,8 @@ from megatron_sage.model.config import HunyuanVideoConfig
 from megatron_sage.model.embeddings import ByT5Projection, ImageProjection, PatchEmbedding, TimeEmbedding, TokenRefiner
 from megatron_sage.model.norm import AdaLayerNormOut
 from megatron_sage.model.rope import rotary_table
-from megatron_sage.model.specs import local_block_spec
+from megatron_sage.model.specs import block_spec
+from megatron_sage.model.stages import TIME_EMBEDDER
 from megatron_sage.parallel.device import device
 from megatron_sage.parallel.sequence import TokenShard, pad_tokens
 
@@ -28,83 +30,141 @@ QWEN, BYT5, IMAGE = range(3)  # rows of cond_type_embed
 class HunyuanVideoDiT(MegatronModule):
     """Video tokens, timestep and text -> velocity.
 
+    One object is one chunk of one pipeline stage: blocks keep their number in the whole model as their name. Every chunk
+    has a copy of the timestep's embedder (Megatron's `pipeline_parallel` attribute makes `finalize_model_grads` sum their
+    gradients; `shared` makes the gradient norm count one of them), only the first the other embedders, only the last
+    the final layer. Without pipeline parallelism that is the whole model.
+
     The token embedders and the final layer see this rank's tokens only, so under sequence parallelism their parameters'
     gradients are partial and carry `sequence_parallel = True`: `finalize_model_grads` or
-    `allreduce_replicated_gradients` sums them. All other replicated parameters get whole gradients.
+    `complete_gradients` sums them over TP. Over CP every gradient is partial; the sum over DP x CP, of which
+    data parallelism is a part, completes it.
     """
 
     def __init__(
-        self, config: HunyuanVideoConfig, pg_collection: ProcessGroupCollection, spec: ModuleSpec | None = None
+        self,
+        config: HunyuanVideoConfig,
+        pg_collection: ProcessGroupCollection,
+        spec: ModuleSpec | None = None,
+        vp_stage: int = 0,
     ) -> None:
         super().__init__(config=config)
-        _check_tensor_parallel_size(config, pg_collection)
+        self.vp_stage = vp_stage
+        _check_group_sizes(config, pg_collection)
         self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
         self.pg_collection = pg_collection
-        self.tp_group = pg_collection.tp
-        self.x_embedder = PatchEmbedding(config)
+        self.tp_group, self.cp_group, self.pp_group = pg_collection.tp, pg_collection.cp, pg_collection.pp
+        stages = config.stage_blocks
+        self.virtual_stage = vp_stage * len(stages) + self.pp_group.rank()
+        self.pre_process = self.virtual_stage == 0
+        self.post_process = self.virtual_stage == len(stages) * len(stages[0]) - 1
+        self.share_embeddings_and_output_weights = False  # Megatron asks where there is more than one stage
+        self.input_tensor: torch.Tensor | None = None
         self.time_embed = TimeEmbedding(config.hidden_size, config.use_meanflow)
-        self.context_embedder = TokenRefiner(config)
-        self.context_embedder_2 = ByT5Projection(config)
-        self.image_embedder = ImageProjection(config)
-        self.cond_type_embed = torch.nn.Embedding(3, config.hidden_size)
-        block_spec = spec or local_block_spec()
-        self.transformer_blocks = torch.nn.ModuleList(
-            build_module(block_spec, config=config, pg_collection=pg_collection, last=index == config.num_layers - 1)
-            for index in range(config.num_layers)
+        if self.pre_process:
+            self.x_embedder = PatchEmbedding(config)
+            self.context_embedder = TokenRefiner(config)
+            self.context_embedder_2 = ByT5Projection(config)
+            self.image_embedder = ImageProjection(config)
+            self.cond_type_embed = torch.nn.Embedding(3, config.hidden_size)
+        spec = spec or block_spec(config)
+        self.transformer_blocks = torch.nn.ModuleDict(
+            {
+                str(index): build_module(
+                    spec, config=config, pg_collection=pg_collection, last=index == config.num_layers - 1
+                )
+                for index in stages[self.pp_group.rank()][vp_stage]
+            }
         )
-        self.norm_out = AdaLayerNormOut(config, pg_collection)
-        self.proj_out = torch.nn.Linear(config.hidden_size, config.out_channels)
+        if self.post_process:
+            self.norm_out = AdaLayerNormOut(config, pg_collection)
+            self.proj_out = torch.nn.Linear(config.hidden_size, config.out_channels)
         self.to(device=device(), dtype=config.params_dtype)
-        for module in (self.x_embedder, self.proj_out):
-            for parameter in module.parameters():
-                parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._mark_parameters()
         self.register_state_dict_post_hook(_drop_empty_extra_states)
 
-    def set_input_tensor(self, input_tensor: Any) -> None:
-        """Megatron's schedules hand a stage its input here; the only stage has none. Raises ValueError for one."""
-        if any(x is not None for x in (input_tensor if isinstance(input_tensor, list) else [input_tensor])):
-            raise ValueError("set_input_tensor: this model is a single pipeline stage and takes no input tensor")
+    def _mark_parameters(self) -> None:
+        """The attributes by which Megatron knows how a gradient is to be reduced and counted."""
+        for name, parameter in self.named_parameters():
+            if name.startswith(("x_embedder.", "proj_out.")):
+                parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+            if name.startswith(TIME_EMBEDDER):
+                parameter.pipeline_parallel = True  # type: ignore[attr-defined]
+                parameter.shared = not self.pre_process  # type: ignore[attr-defined]
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor | None] | None) -> None:
+        """Where Megatron's schedules put what the stage before sent, None on the first one."""
+        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(
         self,
-        video_SBC: torch.Tensor,
+        video_SBC: torch.Tensor | None,
         timestep_B: torch.Tensor,
         text: TextCondition,
         grid: tuple[int, int, int],
         timestep_r_B: torch.Tensor | None = None,
+        packed_SBH: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Velocity `noise - x0` at this rank's tokens.
+        """Velocity `noise - x0` at this rank's tokens, or what the next stage needs.
 
         Args:
-            video_SBC: [S_local, B, in_channels], row-major over the grid; S_local = `image_shard(grid).local`.
+            video_SBC: [S_local, B, in_channels], row-major over the grid; S_local = `image_shard(grid).local`. None on
+                all stages but the first.
             timestep_B: [B] float32 in [0, 1000].
             text: conditions of the B samples.
             grid: latent frames, height, width.
             timestep_r_B: [B] float32, MeanFlow's second time; needs `use_meanflow`.
+            packed_SBH: [`packed_tokens(text, grid)`, B, H] of the stage before; None on the first stage.
 
         Returns:
-            [S_local, B, out_channels] in the parameters' type; zeros at padding tokens, whose gradient is ignored.
+            The last stage: [S_local, B, out_channels] in the parameters' type; zeros at padding tokens, whose gradient
+            is ignored. The others: video and text tokens one after the other, [`packed_tokens(text, grid)`, B, H].
         """
-        layout = TokenLayout(
-            image=self.image_shard(grid),
-            text=self._shard(text.num_tokens),
-            rotation=rotary_table(
-                tuple(grid), self.config.rope_axes_dim, float(self.config.rope_theta), video_SBC.device
-            ),
-        )
-        self._check_inputs(video_SBC, timestep_B, text, layout.image, timestep_r_B)
+        layout = self._layout(grid, text, timestep_B.device)
         silu_temb_BH = F.silu(self.time_embed(timestep_B, timestep_r_B))
-        image_SBH = self.x_embedder(video_SBC.to(self.config.params_dtype))
-        text_LBH = self._shard_text(self.embed_text(text, timestep_B), layout.text)
-        for block in self.transformer_blocks:
+        if self.pre_process:
+            self._check_inputs(video_SBC, timestep_B, text, layout.image, timestep_r_B)
+            assert video_SBC is not None  # checked
+            image_SBH = self.x_embedder(video_SBC.to(self.config.params_dtype))
+            text_LBH = self._shard_text(self.embed_text(text, timestep_B), layout.text)
+        else:
+            assert packed_SBH is not None, "a stage behind the first takes its input from the one before it"
+            image_SBH, text_LBH = packed_SBH.split([layout.image.local, layout.text.local])
+        for block in self.transformer_blocks.values():
             image_SBH, text_LBH = block(image_SBH, text_LBH, silu_temb_BH, layout)
+        if not self.post_process:
+            return torch.cat([image_SBH, text_LBH])
         # padding is cut off by index, so that no gradient can enter through it
         velocity = self.proj_out(self.norm_out(image_SBH[: layout.image.valid], silu_temb_BH))
         return pad_tokens(velocity, layout.image.local)
 
     def image_shard(self, grid: tuple[int, int, int]) -> TokenShard:
-        """How the video's tokens are cut: over TP with sequence parallelism, not at all without."""
-        return self._shard(grid[0] * grid[1] * grid[2])
+        """How the video's tokens are cut: over CP, and over TP with sequence parallelism."""
+        split = self.tp_group.size() if self.config.sequence_parallel else 1
+        place = self.tp_group.rank() if self.config.sequence_parallel else 0
+        return TokenShard(
+            grid[0] * grid[1] * grid[2], self.cp_group.size() * split, self.cp_group.rank() * split + place
+        )
+
+    @property
+    def token_group(self) -> dist.ProcessGroup | None:
+        """The ranks of a stage that split the video tokens, in the order of the tokens; None: each holds all."""
+        if self.config.sequence_parallel:
+            return self.pg_collection.tp_cp
+        return self.cp_group if self.cp_group.size() > 1 else None
+
+    def packed_tokens(self, text: TextCondition, grid: tuple[int, int, int]) -> int:
+        """Tokens of this rank, video and text together, that cross a stage boundary for one forward."""
+        return self.image_shard(grid).local + self._text_shard(text).local
+
+    def _layout(self, grid: tuple[int, int, int], text: TextCondition, where: torch.device) -> TokenLayout:
+        image = self.image_shard(grid)
+        split = self.tp_group.size() if self.config.sequence_parallel else 1
+        context = TokenShard(image.num_tokens, self.cp_group.size(), self.cp_group.rank(), multiple=split)
+        table = rotary_table(tuple(grid), self.config.rope_axes_dim, float(self.config.rope_theta), where)
+        # by global index: a rank that began to count at its own first token would see another video
+        rotation = table[context.start : context.start + context.valid]
+        return TokenLayout(image, context, self._text_shard(text), rotation)
 
     def embed_text(self, text: TextCondition, timestep_B: torch.Tensor) -> torch.Tensor:
         """[image | ByT5 | Qwen] tokens, [L, B, H], whole on every rank."""
@@ -124,10 +184,10 @@ class HunyuanVideoDiT(MegatronModule):
         metadata = {"dp_cp_group": self.pg_collection.dp_cp, **(metadata or {})}
         tensors: dict[str, Any] = {}
         for name, child in self.named_children():
-            # a ModuleList knows nothing of sharding: taken as a whole, its shards would be declared replicas
+            # a ModuleDict knows nothing of sharding: taken as a whole, its shards would be declared replicas
             parts = (
-                [(f"{name}.{index}", part) for index, part in enumerate(child)]
-                if isinstance(child, torch.nn.ModuleList)
+                [(f"{name}.{index}", part) for index, part in child.items()]
+                if isinstance(child, torch.nn.ModuleDict)
                 else [(name, child)]
             )
             for part_name, part in parts:
@@ -136,12 +196,15 @@ class HunyuanVideoDiT(MegatronModule):
                         part, f"{prefix}{part_name}.", sharded_offsets, metadata, tp_group=self.tp_group
                     )
                 )
+        for key, value in tensors.items():
+            if key.startswith(f"{prefix}{TIME_EMBEDDER}"):  # the copies behind the first stage's are not saved again
+                value.replica_id = (self.virtual_stage, *value.replica_id[1:])
         return {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
 
-    def _shard(self, num_tokens: int) -> TokenShard:
+    def _text_shard(self, text: TextCondition) -> TokenShard:
         if self.config.sequence_parallel:
-            return TokenShard(num_tokens, self.tp_group.size(), self.tp_group.rank())
-        return TokenShard(num_tokens, 1, 0)
+            return TokenShard(text.num_tokens, self.tp_group.size(), self.tp_group.rank())
+        return TokenShard(text.num_tokens, 1, 0)
 
     def _shard_text(self, text_LBH: torch.Tensor, shard: TokenShard) -> torch.Tensor:
         if not self.config.sequence_parallel:
@@ -151,12 +214,14 @@ class HunyuanVideoDiT(MegatronModule):
 
     def _check_inputs(
         self,
-        video: torch.Tensor,
+        video: torch.Tensor | None,
         timestep: torch.Tensor,
         text: TextCondition,
         shard: TokenShard,
         timestep_r: torch.Tensor | None,
     ) -> None:
+        if video is None:
+            raise UserError("video tokens are missing: the first pipeline stage needs them")
         batch = video.shape[1]
         if video.shape != (shard.local, batch, self.config.in_channels):
             raise UserError(
@@ -178,13 +243,22 @@ class HunyuanVideoDiT(MegatronModule):
             )
 
 
-def _check_tensor_parallel_size(config: HunyuanVideoConfig, pg_collection: ProcessGroupCollection) -> None:
-    size = pg_collection.tp.size()
-    if config.tensor_model_parallel_size != size:
-        raise UserError(
-            f"parallel.tensor: the configuration says {config.tensor_model_parallel_size}, the process group has "
-            f"{size} rank(s): make them equal"
-        )
+def build_chunks(config: HunyuanVideoConfig, pg_collection: ProcessGroupCollection) -> list[HunyuanVideoDiT]:
+    """This rank's part of the model: one chunk, or several under the interleaved schedule."""
+    chunks = range(len(config.stage_blocks[0]))
+    return [HunyuanVideoDiT(config, pg_collection, vp_stage=chunk) for chunk in chunks]
+
+
+def _check_group_sizes(config: HunyuanVideoConfig, pg_collection: ProcessGroupCollection) -> None:
+    for key, wanted, group in (
+        ("parallel.tensor", config.tensor_model_parallel_size, pg_collection.tp),
+        ("parallel.context", config.context_parallel_size, pg_collection.cp),
+        ("parallel.pipeline", config.pipeline_model_parallel_size, pg_collection.pp),
+    ):
+        if wanted != group.size():
+            raise UserError(
+                f"{key}: the configuration says {wanted}, the process group has {group.size()} rank(s): make them equal"
+            )
 
 
 def _drop_empty_extra_states(

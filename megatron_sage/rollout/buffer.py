@@ -1,14 +1,56 @@
 """What a rollout leaves behind, on this rank: the shard of every latent, and scalars per (sample, step).
 
-Nothing here is whole: latents and velocities hold this rank's tokens only. They are kept in float32, and what is
-scored is exactly what is stored: a latent rounded after its log-probability was taken biases every ratio downwards.
+Nothing here is whole: latents and velocities hold this rank's tokens only, and only the stages that need them hold
+any: the first one reads latents, the last one scores them, those between have none. What is scored is exactly what is
+stored: a latent rounded after its log-probability was taken biases every ratio downwards.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from megatron_sage.rollout.policy import Prompt
+
+
+class Kept:
+    """Tensors by step. With `offload` they wait in (pinned) host memory; in `dtype`; read back as float32."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, offload: bool = False) -> None:
+        self.dtype, self.offload = dtype, offload
+        self._tensors: dict[int, torch.Tensor] = {}
+        self._device = torch.device("cpu")
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """What `x` will be when it is read back."""
+        return x.to(self.dtype).float()
+
+    def __setitem__(self, step: int, x: torch.Tensor) -> None:
+        self._device, stored = x.device, x.to(self.dtype)
+        if self.offload and x.device.type != "cpu":
+            # pinned, so that the copy runs beside the next forward; reading back is ordered behind it by the stream
+            host = torch.empty_like(stored, device="cpu", pin_memory=True)
+            stored = host.copy_(stored, non_blocking=True)
+        self._tensors[step] = stored
+
+    def __getitem__(self, step: int) -> torch.Tensor:
+        return self._tensors[step].to(self._device, non_blocking=True).float()
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._tensors)
+
+    def change(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every tensor by a function of it."""
+        for step in self._tensors:
+            self[step] = function(self[step])
+
+    @property
+    def bytes(self) -> int:
+        """Stored, wherever."""
+        return sum(x.nbytes for x in self._tensors.values())
 
 
 @dataclass
@@ -18,10 +60,10 @@ class MicroTrajectory:
     group: int  # number of the group in the whole run, the same at every layout
     samples: list[int]  # which samples of the group
     prompt: Prompt
-    latents_SBC: list[torch.Tensor]  # N + 1 tensors, float32
-    log_prob_B: dict[int, torch.Tensor]  # trained step -> float64 [B]
-    velocity_SBC: dict[int, torch.Tensor] = field(default_factory=dict)  # of the rollout's policy
-    reference_SBC: dict[int, torch.Tensor] = field(default_factory=dict)  # of the position reference
+    latents_SBC: Kept = field(default_factory=Kept)  # 0 ... N; first and last stage
+    log_prob_B: dict[int, torch.Tensor] = field(default_factory=dict)  # trained step -> float64 [B]; every stage
+    velocity_SBC: Kept = field(default_factory=Kept)  # of the rollout's policy; last stage
+    reference_SBC: Kept = field(default_factory=Kept)  # of the position reference; last stage
     advantage_B: torch.Tensor | None = None  # float64 [B]
     trained_B: torch.Tensor | None = None  # bool [B]; False: non-finite reward, no gradient
 
@@ -34,11 +76,6 @@ class MicroTrajectory:
         self.trained_B = trained_B
         if bool(trained_B.all()):
             return
-        self.latents_SBC = [torch.where(trained_B[None, :, None], x, 0.0) for x in self.latents_SBC]
-        self.velocity_SBC = {i: torch.where(trained_B[None, :, None], v, 0.0) for i, v in self.velocity_SBC.items()}
+        for kept in (self.latents_SBC, self.velocity_SBC, self.reference_SBC):
+            kept.change(lambda x: torch.where(trained_B[None, :, None], x, 0.0))
         self.log_prob_B = {i: torch.where(trained_B, p, 0.0) for i, p in self.log_prob_B.items()}
-
-    @property
-    def final_SBC(self) -> torch.Tensor:
-        """The latents of the finished videos."""
-        return self.latents_SBC[-1]

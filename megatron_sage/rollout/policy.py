@@ -1,15 +1,16 @@
-"""The guided velocity of a model for one micro-batch: the one function that rollout, reference and training share.
+"""The policy as this rank runs it: one function from latents to velocity for rollout, reference and training.
 
 Shapes: S this rank's video tokens, B samples of one prompt, C = 32 latent channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
-from megatron_sage.model.transformer import TextCondition
-from megatron_sage.parallel.sequence import TokenShard
+from megatron_sage.model.transformer import HunyuanVideoDiT, TextCondition
+from megatron_sage.parallel.sequence import TokenShard, pad_tokens
 
 
 @dataclass(frozen=True)
@@ -46,27 +47,100 @@ def model_input(x_SBC: torch.Tensor, in_channels: int, dtype: torch.dtype) -> to
     return torch.cat([x_SBC, condition], dim=-1).to(dtype)
 
 
-def guided_velocity(
-    model: Callable[..., torch.Tensor],
-    x_SBC: torch.Tensor,
-    sigma: float,
-    prompt: Prompt,
-    shape: VideoShape,
-    guidance: float,
-    in_channels: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """v = v_uncond + guidance * (v_cond - v_uncond) in float32, [S, B, C]; one forward when guidance is 1.
+class Network:
+    """The chunks of this rank's stage, and how guidance turns their forwards into a velocity.
 
-    The two branches are forwards of their own because their texts have different lengths: padding one of them
-    would bring back the mask that this model does without. `sigma` becomes the timestep 1000 * sigma in float32:
-    in bfloat16 it would be off by up to 2 of 1000.
+    The two branches of guidance are forwards of their own because their texts have different lengths: padding one of
+    them would bring back the mask that this model does without.
     """
-    video_SBC = model_input(x_SBC, in_channels, dtype)
-    batch = x_SBC.shape[1]
-    timestep_B = torch.full((batch,), 1000.0 * sigma, dtype=torch.float32, device=x_SBC.device)
-    cond = model(video_SBC, timestep_B, expand(prompt.conditional, batch), shape.grid).float()
-    if guidance == 1.0:
-        return cond
-    uncond = model(video_SBC, timestep_B, expand(prompt.unconditional, batch), shape.grid).float()
-    return uncond + guidance * (cond - uncond)
+
+    def __init__(
+        self, chunks: Sequence[HunyuanVideoDiT], shape: VideoShape, guidance: float, device: torch.device
+    ) -> None:
+        self.chunks, self.shape, self.guidance, self.device = chunks, shape, guidance, device
+        self.group: dist.ProcessGroup | None = chunks[0].pp_group if chunks else None
+        self.num_chunks = len(chunks)
+        self.starts = bool(chunks) and chunks[0].pre_process
+        self.ends = bool(chunks) and chunks[-1].post_process
+
+    @property
+    def branches(self) -> int:
+        """Forwards of one velocity: 1 without guidance."""
+        return 1 if self.guidance == 1.0 else 2
+
+    def text(self, prompt: Prompt, branch: int) -> TextCondition:
+        """What the branch reads."""
+        return prompt.unconditional if branch else prompt.conditional
+
+    def guided(self, velocities: Sequence[torch.Tensor]) -> torch.Tensor:
+        """v = v_uncond + guidance * (v_cond - v_uncond) in float32."""
+        conditional, *rest = (v.float() for v in velocities)
+        return conditional if not rest else rest[0] + self.guidance * (conditional - rest[0])
+
+    def forward(
+        self,
+        chunk: int,
+        x_SBC: torch.Tensor | None,
+        sigma: float,
+        prompt: Prompt,
+        branch: int,
+        batch: int,
+        packed: torch.Tensor | None = None,
+        model: torch.nn.Module | None = None,
+    ) -> torch.Tensor:
+        """One branch through one chunk: its velocity on the last one, packed tokens on the others.
+
+        `x_SBC` is read on the first chunk of the first stage, `packed` on all others. `model`: the chunk in its DDP
+        wrapper, where gradients are wanted. `sigma` becomes the timestep 1000 * sigma in float32: in bfloat16 it would
+        be off by up to 2 of 1000.
+        """
+        network = self.chunks[chunk]
+        video_SBC = None
+        if network.pre_process:
+            assert x_SBC is not None
+            video_SBC = model_input(x_SBC, network.config.in_channels, network.config.params_dtype)
+        timestep_B = torch.full((batch,), 1000.0 * sigma, dtype=torch.float32, device=self.device)
+        text = expand(self.text(prompt, branch), batch)
+        return (model or network)(video_SBC, timestep_B, text, self.shape.grid, packed_SBH=packed)
+
+    def packed_tokens(self, prompt: Prompt, branch: int) -> int:
+        """Tokens of this rank that cross a stage boundary for one branch."""
+        return self.chunks[0].packed_tokens(self.text(prompt, branch), self.shape.grid)
+
+    def packed_like(self, prompt: Prompt, branch: int, batch: int) -> torch.Tensor:
+        """An empty tensor for what crosses it."""
+        config = self.chunks[0].config
+        size = (self.packed_tokens(prompt, branch), batch, config.hidden_size)
+        return torch.empty(size, dtype=config.params_dtype, device=self.device)
+
+    def all_packed_tokens(self, prompt: Prompt) -> int:
+        """Of all branches: what one micro-batch of training sends."""
+        return sum(self.packed_tokens(prompt, branch) for branch in range(self.branches))
+
+    def train_forward(
+        self,
+        model: torch.nn.Module,
+        chunk: int,
+        x_SBC: torch.Tensor | None,
+        sigma: float,
+        prompt: Prompt,
+        batch: int,
+        length: int,
+    ) -> torch.Tensor:
+        """All branches of a micro-batch through one chunk, for Megatron's schedules, which hand on ONE tensor.
+
+        The branches' packed tokens lie one after the other, filled up to `length`, the schedule's fixed size: the
+        longest text of the update decides. The filling is cut off again before anything is computed.
+
+        Returns:
+            The guided velocity [S, B, C] float32 on the last chunk, else the packed tokens [length, B, H].
+        """
+        network, outputs, start = self.chunks[chunk], [], 0
+        for branch in range(self.branches):
+            packed = None
+            if not network.pre_process:
+                assert network.input_tensor is not None
+                size = self.packed_tokens(prompt, branch)
+                packed, start = network.input_tensor[start : start + size], start + size
+            outputs.append(self.forward(chunk, x_SBC, sigma, prompt, branch, batch, packed, model))
+        return self.guided(outputs) if network.post_process else pad_tokens(torch.cat(outputs), length)

@@ -26,7 +26,7 @@ class Scores:
 
 def whole_latents(x_SBC: torch.Tensor, shape: VideoShape, token_group: dist.ProcessGroup | None) -> torch.Tensor:
     """Latents [B, C, T, H, W] from the shards of `token_group` (None: every rank holds all tokens)."""
-    tokens = x_SBC[: shape.shard.num_tokens] if token_group is None else gather(x_SBC, shape.shard, token_group)
+    tokens = gather(x_SBC, shape.shard, token_group)
     frames, height, width = shape.grid
     return tokens.permute(1, 2, 0).reshape(tokens.shape[1], shape.channels, frames, height, width)
 

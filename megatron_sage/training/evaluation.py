@@ -19,7 +19,7 @@ from megatron_sage.reporting.video import write_mp4
 from megatron_sage.rewards.composite import weighted
 from megatron_sage.rewards.protocol import Reward
 from megatron_sage.rollout.policy import Prompt
-from megatron_sage.rollout.sampler import StepTable, sample_latents
+from megatron_sage.rollout.sampler import Flight, StepTable, sample_latents
 from megatron_sage.rollout.scoring import score
 
 SCALE = 6  # pixels of the written clip for each pixel of a tiny one
@@ -39,27 +39,16 @@ def evaluate(
     table = StepTable.build(sigmas, step_coefficients("ode", sigmas, 0.0))
     mine = list(range(len(prompts)))[groups.dp_rank :: groups.dp_size]
     samples = list(range(settings.samples_per_prompt))
-    engine.model.eval()
-    with reporter.bar(f"evaluate {label}", len(mine) * settings.num_steps) as tick:
-        latents = [
-            sample_latents(
-                engine.velocity(),
-                table,
-                prompts[number],
-                engine.shape,
-                samples,
-                seed=config.seed,
-                group=number,
-                stream=noise.EVALUATION,
-                device=engine.device,
-                on_step=tick,
-            )
-            for number in mine
-        ]
+    engine.eval()
+    flights = [Flight(number, samples, prompts[number]) for number in mine]
+    with reporter.bar(f"evaluate {label}", len(flights) * settings.num_steps) as tick:
+        latents = sample_latents(
+            engine.network(), table, flights, seed=config.seed, stream=noise.EVALUATION, on_step=tick
+        )
     texts = [prompts[number].text for number in mine for _ in samples]
     rows: list[dict[str, Any]] = []
     if latents:
-        scores = score(latents, texts, engine.shape, codec, reward, config.video.fps, engine.token_group, groups.tp)
+        scores = score(latents, texts, engine.shape, codec, reward, config.video.fps, engine.token_group, groups.replica)
         rewards = weighted(scores.dimensions, config.reward.weights)
         numbers = [number * len(samples) + sample for number in mine for sample in samples]
         rows = [

@@ -13,6 +13,8 @@ from megatron_sage.config import Config
 from megatron_sage.grpo.objective import policy_loss
 from megatron_sage.grpo.sde import step_mean
 from megatron_sage.grpo.trust_region import gaussian_kl_from_error, step_kl_log_prob
+from megatron_sage.parallel.groups import Groups
+from megatron_sage.parallel.pipeline import share_from_last
 from megatron_sage.rollout.buffer import MicroTrajectory
 from megatron_sage.rollout.policy import VideoShape
 from megatron_sage.rollout.sampler import StepTable, shard_error, transition_log_prob
@@ -38,9 +40,11 @@ class Objective:
         scales: list[float],
         shape: VideoShape,
         token_group: dist.ProcessGroup | None,
+        counts: bool = True,
     ) -> None:
+        """`counts`: whether this rank counts its pairs: of the context-parallel ranks that share them, one does."""
         self.config, self.table, self.scales = config, table, scales
-        self.shape, self.token_group = shape, token_group
+        self.shape, self.token_group, self.counts = shape, token_group, counts
         self.weight = 0.0  # lambda
 
     def __call__(
@@ -48,7 +52,8 @@ class Objective:
     ) -> tuple[torch.Tensor, torch.Tensor, PairStatistics]:
         """(sum of the loss over the trained samples, their number as int32, statistics).
 
-        A sum, not a mean: Megatron divides the gradients by the number of pairs summed over DP.
+        A sum, not a mean: Megatron divides the gradients by the number of pairs summed over DP x CP. The ranks of a CP
+        group have the same pairs, and their gradients, each of its own tokens, add up to one loss: one rank counts.
         """
         grpo = self.config.grpo
         assert trajectory.advantage_B is not None and trajectory.trained_B is not None
@@ -73,7 +78,8 @@ class Objective:
             torch.where(kept, ratio, torch.inf).min(),
             torch.where(kept, ratio, -torch.inf).max(),
         )
-        return sums[1], kept.sum().to(torch.int32), statistics
+        count = kept.sum() if self.counts else torch.zeros_like(kept.sum())
+        return sums[1], count.to(torch.int32), statistics
 
     def _divergences(
         self, v_SBC: torch.Tensor, new_B: torch.Tensor, trajectory: MicroTrajectory, step: int
@@ -89,6 +95,20 @@ class Objective:
     def _closed_form(self, v_SBC: torch.Tensor, reference_SBC: torch.Tensor, step: int) -> torch.Tensor:
         error_B = shard_error(v_SBC, reference_SBC, self.shape, self.token_group)
         return gaussian_kl_from_error(error_B, self.shape.elements, self.table.b[step], self.table.std[step])
+
+
+def share_statistics(
+    statistics: list[PairStatistics], pairs: int, groups: Groups, device: torch.device
+) -> list[PairStatistics]:
+    """The last pipeline stage's statistics of `pairs` pairs on every stage: one broadcast over PP."""
+    if groups.pp_size == 1:
+        return statistics
+    table = torch.empty(pairs, 9, dtype=torch.float64, device=device)
+    if groups.is_last_stage:
+        rows = [torch.cat([s.sums, torch.stack([s.ratio_sum, s.ratio_min, s.ratio_max])]) for s in statistics]
+        table.copy_(torch.stack(rows))
+    share_from_last(table, groups.pp)
+    return [PairStatistics(row[:6], row[6], row[7], row[8]) for row in table]
 
 
 def summarise(

@@ -9,26 +9,30 @@ from megatron_sage.model.transformer import HunyuanVideoDiT
 from megatron_sage.parallel.groups import Groups
 
 
-def wrap(model: HunyuanVideoDiT, groups: Groups) -> DistributedDataParallel:
-    """The model with its gradient buffers.
+def wrap(chunks: list[HunyuanVideoDiT], groups: Groups) -> list[DistributedDataParallel]:
+    """This rank's chunks with their gradient buffers.
 
     `calculate_per_token_loss` makes the loss a plain sum over pairs on each rank: Megatron then divides the summed
-    gradients once by the number of pairs, itself summed over DP. Averages of averages would be wrong as soon as
+    gradients once by the number of pairs, itself summed over DP x CP. Averages of averages would be wrong as soon as
     replicas drop different numbers of samples (non-finite rewards).
     """
-    model.config.calculate_per_token_loss = True
-    model.config.finalize_model_grads_func = finalize_model_grads
-    return DistributedDataParallel(
-        config=model.config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
-        ),
-        module=model,
-        pg_collection=groups.collection,
-    )
+    config = chunks[0].config  # one object for all chunks
+    config.calculate_per_token_loss = True
+    config.finalize_model_grads_func = finalize_model_grads
+    return [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+            ),
+            module=chunk,
+            pg_collection=groups.collection,
+        )
+        for chunk in chunks
+    ]
 
 
-def build_optimizer(config: Config, model: DistributedDataParallel, dtype: torch.dtype) -> MegatronOptimizer:
+def build_optimizer(config: Config, chunks: list[DistributedDataParallel], dtype: torch.dtype) -> MegatronOptimizer:
     """Megatron's optimizer: fp32, or bf16 weights with fp32 masters; global gradient-norm clipping."""
     settings = config.optimizer
     optimizer = get_megatron_optimizer(
@@ -44,7 +48,7 @@ def build_optimizer(config: Config, model: DistributedDataParallel, dtype: torch
             params_dtype=dtype,
             use_distributed_optimizer=False,
         ),
-        [model],
+        chunks,
         use_gloo_process_groups=False,
     )
     for group in optimizer.param_groups:

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from megatron_sage.checkpoint.distributed import export_hf
 from megatron_sage.config import Config, dump
 from megatron_sage.data.prompts import read_prompts
-from megatron_sage.engine import build_engine, encode_prompts, load_codec
+from megatron_sage.engine import Engine, build_engine, encode_prompts, initialize_groups, load_codec
 from megatron_sage.errors import UserError
 from megatron_sage.parallel import groups as process_groups
+from megatron_sage.parallel.context import choose_backend
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.reporting.report import write_report
 from megatron_sage.rewards.protocol import load_reward
@@ -28,8 +29,7 @@ def train(config: Config) -> int:
     """Run training from start (or the newest checkpoint) to end; the config has been validated. 0 when done."""
     if config.precision.threads:
         torch.set_num_threads(config.precision.threads)
-    layout = config.parallel
-    groups = process_groups.initialize(layout.tensor, layout.context, layout.pipeline, config.seed)
+    groups = initialize_groups(config)
     _train(config, groups)
     # Not in a `finally`: the command line prints an error of one rank alone only while the groups still exist.
     process_groups.shutdown()
@@ -42,7 +42,7 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
     directory = Path(config.output_dir)
     _start_directory(directory, config, groups)
     engine = build_engine(config, groups)
-    ddp = wrap(engine.model, groups)
+    ddp = wrap(engine.chunks, groups)
     optimizer = build_optimizer(config, ddp, engine.dtype)
     texts = read_prompts(config.data.prompts)
     held_out = read_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
@@ -53,11 +53,7 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
     if config.training.resume:
         state.load(trainer, directory / "checkpoints")
     log = MetricsLog(directory, main, keep_below=trainer.iteration)
-    parameters = sum(p.numel() for p in engine.model.parameters())
-    reporter.line(
-        f"{config.name}: {parameters:,} parameters on each of {groups.world_size} ranks "
-        f"(TP {groups.tp_size} x DP {groups.dp_size}), {engine.shape.shard.num_tokens} video tokens"
-    )
+    _say_layout(config, engine, reporter)
     if validation and trainer.iteration == 0:
         evaluate("before", engine, validation, codec, reward, reporter)
     _iterate(config, trainer, log, reporter)
@@ -67,10 +63,29 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
     if main:
         shutil.rmtree(export, ignore_errors=True)  # of this run before it was resumed
     dist.barrier(group=dist.group.WORLD)
-    export_hf(engine.model, export, engine.model.config.to_diffusers())
+    export_hf(engine.chunks, export, engine.model_config.to_diffusers())
     if main:
         reporter.line(f"report: {write_report(directory)}")
     dist.barrier(group=dist.group.WORLD)
+
+
+def _say_layout(config: Config, engine: Engine, reporter: Reporter) -> None:
+    groups, settings = engine.groups, engine.model_config
+    parameters = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
+    reporter.line(
+        f"{config.name}: {groups.world_size} ranks = TP {groups.tp_size} x CP {groups.cp_size} x PP {groups.pp_size} x "
+        f"DP {groups.dp_size}; {parameters:,} parameters on this one; {engine.shape.shard.num_tokens} video tokens, "
+        f"{engine.shape.shard.local} on a rank"
+    )
+    if groups.cp_size > 1:
+        chosen, reason = choose_backend(settings.num_attention_heads, groups.tp_size, groups.cp_size)
+        if config.parallel.context_backend != "auto":
+            chosen, reason = config.parallel.context_backend, "as configured"
+        reporter.line(f"context-parallel attention: {chosen} ({reason})")
+    if groups.pp_size > 1:
+        stages = [" + ".join(f"{len(blocks)}" for blocks in chunks) for chunks in settings.stage_blocks]
+        kind = "interleaved 1F1B" if len(settings.stage_blocks[0]) > 1 else "1F1B"
+        reporter.line(f"pipeline: blocks of each stage {', '.join(stages)}; {kind}")
 
 
 def _iterate(config: Config, trainer: Trainer, log: MetricsLog, reporter: Reporter) -> None:

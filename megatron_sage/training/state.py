@@ -20,22 +20,26 @@ PREFIX = "iteration_"
 
 
 def _sharded_state(trainer: Trainer, loading: bool) -> dict[str, Any]:
-    model = trainer.engine.model
-    policy = model.sharded_state_dict()
+    """By chunk: two chunks of a rank have copies of the timestep's embedder under one name."""
     state: dict[str, Any] = {
-        "policy": policy,
-        "optimizer": trainer.optimizer.sharded_state_dict(model.sharded_state_dict(), is_loading=loading),
+        "policy": _shards(trainer),
+        "optimizer": trainer.optimizer.sharded_state_dict(_shards(trainer), is_loading=loading),
     }
     if trainer.anchor is not None:
-        state["anchor"] = _with_data(model.sharded_state_dict(), trainer.anchor.state_dict())
+        state["anchor"] = _with_data(_shards(trainer), trainer.anchor.state_dict())
     return state
+
+
+def _shards(trainer: Trainer) -> dict[str, Any]:
+    return {str(number): chunk.sharded_state_dict() for number, chunk in enumerate(trainer.engine.chunks)}
 
 
 def _with_data(shards: dict[str, Any], tensors: dict[str, Any]) -> dict[str, ShardedTensor]:
     """The model's shards with other data of the same shape, under names of their own."""
     renamed = {}
     for name, tensor in tensors.items():
-        shard = shards[name]
+        chunk, _, parameter = name.partition(".")
+        shard = shards[chunk][parameter]
         shard.key, shard.data = f"anchor.{shard.key}", tensor
         renamed[name] = shard
     return renamed
@@ -81,7 +85,8 @@ def load(trainer: Trainer, directory: Path) -> None:
     if source is None:
         raise UserError(f"training.resume=true: {directory} holds no checkpoint: set it to false for a new run")
     loaded = dist_checkpointing.load(_sharded_state(trainer, loading=True), str(source))
-    trainer.engine.model.load_state_dict(loaded["policy"])
+    for number, chunk in enumerate(trainer.engine.chunks):
+        chunk.load_state_dict(loaded["policy"][str(number)])
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     if trainer.anchor is not None:
         trainer.anchor.load_state_dict(loaded["anchor"])

@@ -23,14 +23,17 @@ from megatron_sage.grpo.advantage import NonFiniteGuard, group_advantages
 from megatron_sage.grpo.equalizer import gradient_scales
 from megatron_sage.grpo.order import pair_order, split_updates
 from megatron_sage.grpo.trust_region import LambdaController
+from megatron_sage.parallel.pipeline import Occupancy, bubble_fraction
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.rewards.composite import weighted
 from megatron_sage.rewards.protocol import Reward
 from megatron_sage.rollout.buffer import MicroTrajectory
 from megatron_sage.rollout.policy import Prompt
-from megatron_sage.rollout.sampler import reference_velocities, rollout
+from megatron_sage.rollout.sampler import Flight, final_latents, reference_velocities, rollout
 from megatron_sage.rollout.scoring import score
-from megatron_sage.training.loss import Objective, PairStatistics, summarise
+from megatron_sage.training.loss import Objective, PairStatistics, share_statistics, summarise
+
+LATENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Trainer:
@@ -39,7 +42,7 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        ddp: DistributedDataParallel,
+        ddp: list[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         prompts: list[Prompt],
         codec: VideoCodec,
@@ -52,8 +55,9 @@ class Trainer:
         sampler, kl = config.sampler, config.kl
         self.table, coefficients = step_table(sampler.sde_type, sampler.num_steps, sampler.shift, sampler.eta)
         scales = gradient_scales(coefficients).tolist()
-        self.objective = Objective(config, self.table, scales, engine.shape, engine.token_group)
-        self.anchor = HostAnchor(engine.model) if kl.strategy != "none" else None
+        counts = engine.groups.cp_rank == 0
+        self.objective = Objective(config, self.table, scales, engine.shape, engine.token_group, counts)
+        self.anchor = HostAnchor(engine.chunks) if kl.strategy != "none" else None
         self.controller = LambdaController(
             kl.schedule, kl.lambda_min, kl.lambda_max, kl.warmup_steps, kl.window, kl.target, kl.gain, kl.feedback
         )
@@ -62,13 +66,15 @@ class Trainer:
         self.iteration = 0
         self.optimizer_steps = 0
         self._seconds: dict[str, float] = {}
+        self.schedule = Occupancy()  # of the last rollout, on this rank
 
     def run_iteration(self) -> tuple[dict[str, Any], bool]:
         """Metrics of one iteration, and whether too many rewards were non-finite for too long."""
         begin = time.perf_counter()
         self._seconds = {}
-        trajectories = self._roll_out()
+        trajectories, pipeline = self._roll_out()
         rewards, row, stop = self._score(trajectories)
+        row |= pipeline
         self._assign_advantages(trajectories, rewards, row)
         self._reference_pass(trajectories)
         row |= self._update(trajectories)
@@ -91,48 +97,44 @@ class Trainer:
         groups = [(first + position, prompt) for position, prompt in enumerate(indices)]
         return groups[self.engine.groups.dp_rank :: self.engine.groups.dp_size]
 
-    def _roll_out(self) -> list[MicroTrajectory]:
+    def _roll_out(self) -> tuple[list[MicroTrajectory], dict[str, Any]]:
+        """This replica's trajectories, all micro-batches on the way at once, and how busy the pipeline was."""
         config, engine = self.engine.config, self.engine
         size, count = config.sampler.micro_batch, config.grpo.group_size
-        work = [
-            (group, prompt, list(range(start, start + size)))
+        flights = [
+            Flight(group, list(range(start, start + size)), self.prompts[prompt])
             for group, prompt in self._my_groups()
             for start in range(0, count, size)
         ]
-        keep = config.kl.strategy != "none" and config.kl.step_kl == "closed_form"
-        engine.model.eval()
-        with self._phase("rollout", len(work) * config.sampler.num_steps) as tick:
-            return [
-                rollout(
-                    engine.velocity(),
-                    self.table,
-                    self.prompts[prompt],
-                    engine.shape,
-                    samples,
-                    seed=config.seed,
-                    group=group,
-                    token_group=engine.token_group,
-                    device=engine.device,
-                    keep_velocity=keep,
-                    on_step=tick,
-                )
-                for group, prompt, samples in work
-            ]
+        engine.eval()
+        with self._phase("rollout", len(flights) * config.sampler.num_steps) as tick:
+            trajectories, self.schedule = rollout(
+                engine.network(),
+                self.table,
+                flights,
+                seed=config.seed,
+                token_group=engine.token_group,
+                keep_velocity=config.kl.strategy != "none" and config.kl.step_kl == "closed_form",
+                dtype=LATENT_DTYPES[config.sampler.latent_dtype],
+                offload=config.sampler.offload_trajectories,
+                on_step=tick,
+            )
+        return trajectories, {"rollout/bubble_fraction": bubble_fraction(self.schedule, engine.groups.pp)}
 
     def _score(self, trajectories: list[MicroTrajectory]) -> tuple[np.ndarray, dict[str, Any], bool]:
         """Rewards [groups of this replica, G], their metrics over all replicas, and the stop rule."""
         config, engine = self.engine.config, self.engine
         texts = [t.prompt.text for t in trajectories for _ in t.samples]
-        with self._phase("decode", math.ceil(len(texts) / engine.groups.tp_size)) as tick:
+        with self._phase("decode", math.ceil(len(texts) / engine.groups.replica.size())) as tick:
             scores = score(
-                [t.final_SBC for t in trajectories],
+                [final_latents(engine.network(), self.table, t) for t in trajectories],
                 texts,
                 engine.shape,
                 self.codec,
                 self.reward,
                 config.video.fps,
                 engine.token_group,
-                engine.groups.tp,
+                engine.groups.replica,
                 tick,
             )
         self._seconds |= {"decode": scores.decode_seconds, "reward": scores.reward_seconds}
@@ -172,10 +174,9 @@ class Trainer:
         if self.anchor is None:
             self._seconds["reference"] = 0.0
             return
-        with self._phase("reference", len(trajectories)) as tick, self.anchor.swapped_in(self.engine.model):
-            for trajectory in trajectories:
-                reference_velocities(self.engine.velocity(), self.table, trajectory)
-                tick()
+        with self._phase("reference", 1) as tick, self.anchor.swapped_in(self.engine.chunks):
+            reference_velocities(self.engine.network(), self.table, trajectories)
+            tick()
 
     def _update(self, trajectories: list[MicroTrajectory]) -> dict[str, Any]:
         """Visit every (micro-batch, trained step) pair once, in `updates_per_rollout` optimizer steps."""
@@ -208,28 +209,40 @@ class Trainer:
         self, trajectories: list[MicroTrajectory], pairs: list[tuple[int, int]], tick: Any
     ) -> list[PairStatistics]:
         """Forward and backward of one optimizer step's pairs through Megatron's schedule."""
-        engine = self.engine
-        engine.model.train()
-        self.ddp.zero_grad_buffer()
+        engine, groups = self.engine, self.engine.groups
+        engine.train()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        velocity = engine.velocity(model=self.ddp)
+        network, settings = engine.network(), engine.model_config
+        # one size for all micro-batches of the update: that of its longest text
+        length = max(network.all_packed_tokens(trajectories[number].prompt) for number, _ in pairs)
 
-        def forward_step(iterator: Iterator[tuple[int, int]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        def forward_step(
+            iterator: Iterator[tuple[int, int]], model: DistributedDataParallel
+        ) -> tuple[torch.Tensor, Any]:
             number, step = next(iterator)
-            trajectory = trajectories[number]
-            v_SBC = velocity(trajectory.latents_SBC[step], self.table.sigmas[step], trajectory.prompt)
-            tick()
-            return v_SBC, partial(self.objective, trajectory=trajectory, step=step)
+            trajectory, chunk = trajectories[number], model.module
+            x_SBC = trajectory.latents_SBC[step] if chunk.pre_process else None
+            sigma, batch = self.table.sigmas[step], len(trajectory.samples)
+            out = network.train_forward(model, chunk.vp_stage, x_SBC, sigma, trajectory.prompt, batch, length)
+            if chunk.vp_stage == network.num_chunks - 1:
+                tick()
+            return out, partial(self.objective, trajectory=trajectory, step=step)
 
-        return get_forward_backward_func()(
+        interleaved = settings.virtual_pipeline_model_parallel_size
+        iterators = [iter(pairs) for _ in self.ddp]
+        statistics = get_forward_backward_func(groups.pp_size, interleaved)(
             forward_step_func=forward_step,
-            data_iterator=iter(pairs),
-            model=[self.ddp],
+            data_iterator=iterators if interleaved else iterators[0],
+            model=self.ddp,
             num_microbatches=len(pairs),
-            seq_length=engine.shape.shard.num_tokens,
+            # Megatron divides by these again: what a stage sends is `length` tokens
+            seq_length=length * groups.cp_size * (groups.tp_size if settings.sequence_parallel else 1),
             micro_batch_size=engine.config.sampler.micro_batch,
             forward_only=False,
         )
+        return share_statistics(statistics, len(pairs), groups, engine.device)
 
     def _step(self, statistics: list[PairStatistics]) -> list[float]:
         """One optimizer step, then lambda and anchor; nothing happens where every sample was dropped."""
@@ -254,5 +267,5 @@ class Trainer:
         if kl.strategy != "none":
             self.controller.update((kl.position_weight * position + kl.velocity_weight * velocity) / count)
         if self.anchor is not None and self.optimizer_steps % kl.anchor_interval == 0:
-            self.anchor.refresh(self.engine.model)
+            self.anchor.refresh(self.engine.chunks)
         return [norm]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sage.checkpoint.keymap import Binding, KeyMap
 from megatron_sage.model import HunyuanVideoConfig, HunyuanVideoDiT, TextCondition
 from megatron_sage.parallel.groups import Groups
-from megatron_sage.parallel.reductions import allreduce_replicated_gradients
+from megatron_sage.parallel.reductions import complete_gradients
 
 OUTPUT_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
@@ -145,7 +145,9 @@ def reference(case: Case, dtype: torch.dtype = torch.float32) -> str:
 
 def build(case: Case, groups: Groups, **options: Any) -> HunyuanVideoDiT:
     """Our model with the case's weights, this rank's slices."""
-    config = HunyuanVideoConfig.from_diffusers(case.config(), tensor=groups.tp_size, **options)
+    config = HunyuanVideoConfig.from_diffusers(
+        case.config(), tensor=groups.tp_size, context=groups.cp_size, **options
+    )
     model = HunyuanVideoDiT(config, groups.collection)
     weights = random_weights(case.config())
     state: dict[str, torch.Tensor] = {}
@@ -193,6 +195,9 @@ def run_samples(model: HunyuanVideoDiT, case: Case) -> Run:
         gradient = shard.shard(tokens(part["grad_output"]))
         gradient[shard.valid :] = 1e3  # whatever arrives at padding must not matter
         velocity.backward(gradient.to(velocity.dtype))
+        for name in INPUTS_WITH_GRADIENT[1:]:
+            if part[name].grad is not None:  # text: partial on each context-parallel rank
+                torch.distributed.all_reduce(part[name].grad, group=model.cp_group)
         for position, index in enumerate(samples):
             run.velocity[index] = velocity[: shard.valid, position].detach().float()
             run.input_gradients[index] = {
@@ -203,7 +208,7 @@ def run_samples(model: HunyuanVideoDiT, case: Case) -> Run:
                     if part[name].grad is not None  # text-to-video never looks at the image
                 },
             }
-    allreduce_replicated_gradients(model, model.tp_group)
+    complete_gradients([model], model.pg_collection)
     return run
 
 

@@ -20,14 +20,22 @@ CASES = {
 }
 
 
-def measure_rank(case: Case, path: str, tensor: int, **options: Any) -> tuple[float, dict[str, float]]:
-    return measure(initialize(tensor=tensor), case, path, **options)
+def measure_rank(
+    case: Case, path: str, tensor: int, context: int, **options: Any
+) -> tuple[float, dict[str, float]]:
+    return measure(initialize(tensor=tensor, context=context), case, path, **options)
 
 
-def check(name: str, tensor: int, **options: Any) -> None:
+def check(name: str, tensor: int, context: int = 1, **options: Any) -> None:
     case = CASES[name]
     ranks = run_on_ranks(
-        tensor, "tests.parallel.test_parity:measure_rank", case=case, path=reference(case), tensor=tensor, **options
+        tensor * context,
+        "tests.parallel.test_parity:measure_rank",
+        case=case,
+        path=reference(case),
+        tensor=tensor,
+        context=context,
+        **options,
     )
     for rank, (output, gradients) in enumerate(ranks):
         assert_parity(output, gradients, rank)
@@ -38,6 +46,19 @@ def check(name: str, tensor: int, **options: Any) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_equals_diffusers(name: str, tensor: int, sequence_parallel: bool) -> None:
     check(name, tensor, sequence_parallel=sequence_parallel)
+
+
+@pytest.mark.parametrize("backend", ["ulysses", "allgather"])
+@pytest.mark.parametrize(("tensor", "context"), [(1, 2), (2, 2), (1, 4)])
+@pytest.mark.parametrize("name", CASES)
+def test_context_parallel_equals_diffusers(name: str, tensor: int, context: int, backend: str) -> None:
+    check(name, tensor, context, context_backend=backend, sequence_parallel=True)
+
+
+@pytest.mark.parametrize("backend", ["ulysses", "allgather"])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_changes_nothing_under_context_parallelism(recompute: str, backend: str) -> None:
+    check("odd image-to-video, MeanFlow", 1, 2, context_backend=backend, recompute=recompute)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
