@@ -39,8 +39,8 @@ class BrokenReward(BrightnessReward):
         return {name: np.full(len(videos), np.nan) for name in self.dimensions}
 
 
-def build(root: Path, seed: int = 0) -> Path:
-    """Random weights seeded from numpy, small enough to train in seconds; returns the diffusers root."""
+def build(root: Path, seed: int = 0, matrix_scale: float | None = None, **transformer_config: Any) -> Path:
+    """`matrix_scale`: of weights of two dimensions and more, over the root of their inputs. Random weights seeded from numpy, small enough to train in seconds; returns the diffusers root."""
     from diffusers import HunyuanVideo15Transformer3DModel
 
     from megatron_sage.checkpoint.convert import hf_to_megatron
@@ -48,11 +48,15 @@ def build(root: Path, seed: int = 0) -> Path:
     from megatron_sage.conditioning.words import WordEncoder
 
     rng = np.random.default_rng(seed)
-    transformer, codec = HunyuanVideo15Transformer3DModel(**TRANSFORMER), PatchCodec(hidden=16)
+    config = TRANSFORMER | transformer_config
+    transformer, codec = HunyuanVideo15Transformer3DModel(**config), PatchCodec(hidden=16)
     with torch.no_grad():
         for module, scale in ((transformer, 0.05), (codec, 0.2)):
             for name, parameter in module.named_parameters():
-                value = torch.from_numpy(rng.standard_normal(parameter.shape, dtype=np.float32)) * scale
+                size = scale
+                if matrix_scale is not None and module is transformer and parameter.ndim > 1:
+                    size = matrix_scale / parameter[0].numel() ** 0.5
+                value = torch.from_numpy(rng.standard_normal(parameter.shape, dtype=np.float32)) * size
                 parameter.copy_(value + 1 if "norm" in name and name.endswith("weight") and value.ndim == 1 else value)
     transformer.save_pretrained(root / "hf" / "transformer")
     codec.save_pretrained(root / "hf" / "vae")

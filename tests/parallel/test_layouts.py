@@ -1,0 +1,90 @@
+"""The same seed, prompts and configuration give the same run at every layout, down to every gradient."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parallel import iterations
+from tests.parallel.pool import run_on_ranks
+from tests.training import world
+
+JOB = "tests.parallel.iterations:job"
+#          TP CP PP DP
+LAYOUTS = [
+    (2, 1, 1, 1),
+    (1, 2, 1, 1),
+    (1, 1, 2, 1),
+    (1, 1, 1, 2),
+    (2, 2, 1, 1),
+    (2, 1, 2, 1),
+    (1, 2, 2, 1),
+    (1, 2, 1, 2),
+]
+NIGHTLY = [(2, 2, 2, 1), (1, 4, 1, 1), (4, 1, 1, 1), (1, 1, 4, 1)]
+GUIDANCE = {"guided": 2.0, "unguided": 1.0}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    run_on_ranks(1, "tests.training.world:build", root=folder, matrix_scale=0.7, **iterations.MODEL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(root: Path) -> dict[str, dict[str, Any]]:
+    """The single process, with and without guidance."""
+    return {name: run(root, f"single_{name}", 1, guidance) for name, guidance in GUIDANCE.items()}
+
+
+def run(root: Path, name: str, processes: int, guidance: float, **changes: Any) -> dict[str, Any]:
+    changes = {"sampler.guidance_scale": guidance} | changes
+    arguments = world.overrides(iterations.settings(root, name, **changes))
+    return run_on_ranks(processes, JOB, timeout=300, arguments=arguments, processes=processes)[0]
+
+
+def layout(tensor: int, context: int, pipeline: int, data: int) -> dict[str, Any]:
+    sizes = {"tensor": tensor, "context": context, "pipeline": pipeline, "data": data}
+    return {f"parallel.{key}": value for key, value in sizes.items()}
+
+
+def assert_same_run(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """`theirs` is the single process'."""
+    assert mine["latents"].keys() == theirs["latents"].keys() == mine["log_prob"].keys()
+    for place, latents in theirs["latents"].items():
+        assert np.array_equal(mine["latents"][place], latents), f"initial latents of {place}"
+        np.testing.assert_allclose(mine["log_prob"][place], theirs["log_prob"][place], rtol=1e-6, atol=0)
+    for key in [k for k in theirs["rows"][0] if k.startswith(("reward/", "loss", "grad_norm"))]:
+        scale = max(abs(theirs["rows"][0][key]), 1.0 if key.startswith("loss") else 0.0)
+        assert mine["rows"][0][key] == pytest.approx(theirs["rows"][0][key], abs=1e-5 * scale), key
+    assert_close(mine["gradients"], theirs["gradients"], 1e-5, np.max)
+    assert_close(mine["change"], theirs["change"], 1e-3, np.linalg.norm)
+
+
+def assert_close(mine: dict[str, Any], theirs: dict[str, Any], tolerance: float, size: Any) -> None:
+    """|mine - theirs| <= tolerance |theirs| for every parameter, but those whose gradient is zero by mathematics."""
+    errors = {}
+    for name, value in theirs.items():
+        if is_zero_by_mathematics(name):
+            continue
+        scale = size(np.abs(value))
+        errors[name] = size(np.abs(mine[name] - value)) / scale if scale > 0 else float(np.any(mine[name]))
+    worst = sorted(errors, key=lambda name: -errors[name])[:5]
+    assert errors[worst[0]] <= tolerance, ", ".join(f"{name} {errors[name]:.1e}" for name in worst)
+
+
+def is_zero_by_mathematics(name: str) -> bool:
+    """The refiner's key bias moves all logits of a query alike: its gradient is rounding."""
+    return "refiner_blocks" in name and name.endswith("attn.to_k.bias")
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=lambda sizes: "-".join(map(str, sizes)))
+def test_the_run_of_the_single_process(
+    root: Path, single: dict[str, dict[str, Any]], sizes: tuple[int, int, int, int], guidance: str
+) -> None:
+    name = f"{guidance}_{'_'.join(map(str, sizes))}"
+    found = run(root, name, int(np.prod(sizes)), GUIDANCE[guidance], **layout(*sizes))
+    assert_same_run(found, single[guidance])
