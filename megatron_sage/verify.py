@@ -22,6 +22,7 @@ from megatron_sage.checkpoint.distributed import gather_named, key_map, load_hf_
 from megatron_sage.checkpoint.safetensors_io import SafetensorsWriter, Spec
 from megatron_sage.checkpoint.staging import on_all_ranks
 from megatron_sage.config import load_config
+from megatron_sage.config.layout import check_model_layout, check_world
 from megatron_sage.engine import DTYPES, initialize_groups, model_config
 from megatron_sage.errors import UserError
 from megatron_sage.model.config import DIFFUSERS_CLASS
@@ -49,13 +50,14 @@ def main(argv: Sequence[str]) -> int:
     parallel, precision = settings.parallel, settings.precision
     directory = transformer_directory(args.directory)
     started_here = not dist.is_initialized()
-    try:
-        groups = initialize_groups(settings)
-    except ValueError as error:
-        raise UserError(f"parallel: {error}") from error
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    check_world(parallel, world)
+    shape = read_config(directory, DIFFUSERS_CLASS)
+    check_model_layout(parallel, shape["num_attention_heads"], shape["num_layers"])
+    groups = initialize_groups(settings)
     try:
         with on_all_ranks():
-            config = model_config(settings, read_config(directory, DIFFUSERS_CLASS))
+            config = model_config(settings, shape)
             inputs = read_inputs(args.inputs, config) if args.inputs else None
         model = build_chunks(config, groups.collection)
         load_hf_weights(model, directory)

@@ -22,7 +22,7 @@ def files(tmp_path: Path) -> list[str]:
     """Overrides that name a model of eight heads and a prompt file, both made up."""
     for part in ("transformer", "vae"):
         (tmp_path / "model" / part).mkdir(parents=True)
-    architecture = {"_class_name": "HunyuanVideo15Transformer3DModel", "num_attention_heads": 8}
+    architecture = {"_class_name": "HunyuanVideo15Transformer3DModel", "num_attention_heads": 8, "num_layers": 12}
     (tmp_path / "model" / "transformer" / "config.json").write_text(json.dumps(architecture))
     (tmp_path / "model" / "vae" / "config.json").write_text("{}")
     for part in ("model/text_encoder", "weights"):
@@ -174,8 +174,11 @@ RULES = [
     ("seed=-1", "must be >= 0"),
     ("name=a/b", "it names a directory"),
     ("output_dir='  '", "must name a directory"),
-    ("parallel.context=2", "context parallelism is not in this version"),
-    ("parallel.pipeline=2", "pipeline parallelism is not in this version"),
+    ("parallel.context=0", "must be >= 1"),
+    ("parallel.pipeline=0", "must be >= 1"),
+    ("parallel.virtual_pipeline=0", "must be >= 1"),
+    ("parallel.virtual_pipeline=2", "needs parallel.pipeline > 1"),
+    ("parallel.pipeline_layout=Et|tL", "needs parallel.pipeline > 1"),
     ("parallel.tensor=0", "must be >= 1"),
     ("parallel.data=0", "must be >= 1"),
     ("precision.threads=0", "must be >= 1"),
@@ -263,6 +266,52 @@ def test_layouts_that_fit(files):
 def test_heads_are_read_from_the_model(files):
     line = refusal([*files, "parallel.tensor=3", "grpo.prompts_per_iteration=3"], world_size=3)
     assert line == "parallel.tensor=3: must divide the model's 8 attention heads; choose from 1, 2, 4, 8"
+
+
+LAYOUT_RULES = [
+    (["parallel.hierarchical_context=[1, 1]"], 1, "exactly with te_a2a+p2p"),
+    (["parallel.context=3", "parallel.context_backend=ulysses"], 3, "8 heads / tensor 1 = 8 heads cannot be divided"),
+    (["parallel.tensor=2", "parallel.context=8", "parallel.context_backend=ulysses"], 16, "/ tensor 2 = 4 heads"),
+    (["parallel.context=2", "parallel.context_backend=te_p2p"], 2, "needs a GPU and the package transformer-engine"),
+    (["parallel.context=2", "parallel.context_backend=te_a2a+p2p"], 2, "hierarchical_context=[a2a ranks, p2p ranks]"),
+    (
+        ["parallel.context=4", "parallel.context_backend=te_a2a+p2p", "parallel.hierarchical_context=[2, 3]"],
+        4,
+        "2·3 must be two sizes whose product is context=4",
+    ),
+    (["parallel.pipeline=16"], 16, "16 stages · 1 chunks = 16 > 12 blocks"),
+    (["parallel.pipeline=4", "parallel.virtual_pipeline=4"], 4, "4 stages · 4 chunks = 16 > 12 blocks"),
+    (["parallel.pipeline=2", "parallel.pipeline_layout=Et*5|t*6L"], 2, "holds 11 blocks, the model has 12"),
+    (["parallel.pipeline=2", "parallel.pipeline_layout=Et*6|t*3|t*3L"], 2, "3 parts between the bars, expected 2"),
+    (["parallel.pipeline=2", "parallel.pipeline_layout=t*6|t*6L"], 2, "must start with the only E"),
+    (["parallel.pipeline=2", "parallel.pipeline_layout=Ex|tL"], 2, "not a layout"),
+    (
+        ["parallel.pipeline=3", "parallel.virtual_pipeline=2", "grpo.updates_per_rollout=2"],
+        3,
+        "divisible by parallel.pipeline=3, but 80 pairs / 2 updates gives 40",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "said"), LAYOUT_RULES)
+def test_layouts_that_cannot_be(files, overrides, world_size, said):
+    line = refusal([*files, *overrides], world_size=world_size)
+    assert line.startswith("parallel.") and said in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size"),
+    [
+        (["parallel.context=3"], 3),
+        (["parallel.tensor=2", "parallel.context=4", "parallel.context_backend=ulysses"], 8),
+        (["parallel.pipeline=5"], 5),
+        (["parallel.pipeline=2", "parallel.virtual_pipeline=3"], 2),
+        (["parallel.pipeline=2", "parallel.pipeline_model_parallel_layout=Et*7|t*5L"], 2),
+        (["parallel.pipeline_model_parallel_size=2", "parallel.context_parallel_size=2"], 4),
+    ],
+)
+def test_layouts_of_every_kind(files, overrides, world_size):
+    validate(load_config(None, [*files, *overrides]), world_size)
 
 
 def test_another_architecture_is_named(files, tmp_path):

@@ -153,10 +153,10 @@ def test_random_inputs_agree(one_rank: object, hf: Path, capsys: pytest.CaptureF
 def test_a_wrong_weight_is_found(
     one_rank: object, hf: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load_wrongly(model: torch.nn.Module, directory: Path) -> None:
+    def load_wrongly(model: list[Any], directory: Path) -> None:
         load_hf_weights(model, directory)
         with torch.no_grad():
-            model.transformer_blocks["1"].ff.linear_fc1.bias[3] += 0.01
+            model[0].transformer_blocks["1"].ff.linear_fc1.bias[3] += 0.01
 
     monkeypatch.setattr(verify, "load_hf_weights", load_wrongly)
     assert run([hf, "--grid", 1, 2, 3]) == 1
@@ -195,9 +195,10 @@ def test_bad_inputs(one_rank: object, hf: Path, tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize(
     ("argv", "fragments"),
     [
-        (["parallel.tensor=2"], ["parallel.tensor=2", "world size 1"]),
+        (["parallel.tensor=2"], ["TP·CP·PP·DP = 2·1·1·1 = 2", "world size 1"]),
         (["parallel.tenser=1"], ["parallel.tenser"]),
-        (["parallel.context=2"], ["parallel.context=2"]),
+        (["parallel.context=2"], ["TP·CP·PP·DP = 1·2·1·1 = 2", "world size 1"]),
+        (["parallel.pipeline_layout=Et*3L"], ["parallel.pipeline_layout", "parallel.pipeline > 1"]),
         (["precision.dtype=fp16"], ["precision.dtype"]),
         (["--save", "x"], ["--save", "--inputs"]),
         (["--inputs", "/nowhere/x"], ["/nowhere/x"]),

@@ -21,7 +21,6 @@ from megatron_sage.checkpoint.torch_dist import MegatronDirectory, first_failure
 from megatron_sage.model.stages import owner
 from megatron_sage.model.transformer import HunyuanVideoDiT
 
-
 Chunks = HunyuanVideoDiT | Sequence[HunyuanVideoDiT]  # this rank's part of the model, as `build_chunks` makes it
 
 

@@ -172,6 +172,10 @@ def _typed(value: Any, annotation: Any, key: str, origins: dict[str, str]) -> An
         if not isinstance(value, dict):
             raise UserError(f"{key}={_show(value)}{where}: expects a mapping such as {{VQ: 0.5, TA: 1.0}}")
         return {str(name): _scalar(item, float, f"{key}.{name}", where) for name, item in value.items()}
+    if get_origin(annotation) is list:
+        if not isinstance(value, list):
+            raise UserError(f"{key}={_show(value)}{where}: expects a list such as [2, 4]")
+        return [_scalar(item, get_args(annotation)[0], f"{key}[{i}]", where) for i, item in enumerate(value)]
     return _scalar(value, annotation, key, where)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_sage.config.layout import check_model_layout, check_schedule, check_world, chunks_of_stage
 from megatron_sage.config.loading import bind, nearest
 from megatron_sage.config.schema import Config
 from megatron_sage.errors import UserError
@@ -29,7 +30,6 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 _BOUNDS: list[tuple[str, str, float, str]] = [
     ("seed", ">=", 0, "use a non-negative number"),
     ("seed", "<", 2**63, "use a number of at most 63 bits"),
-    ("parallel.tensor", ">=", 1, "1 keeps each layer whole"),
     ("precision.threads", ">=", 1, "null leaves the choice to PyTorch"),
     ("video.frames", ">=", 1, "81 is the usual length"),
     ("video.height", ">=", 16, "one latent row is 16 pixels"),
@@ -112,17 +112,7 @@ def _check_names(config: Config) -> None:
 
 
 def _check_layout(config: Config, world_size: int) -> None:
-    parallel = config.parallel
-    if parallel.data is not None and parallel.data < 1:
-        _refuse("parallel.data", parallel.data, "must be >= 1; null takes what the world size gives")
-    model = parallel.tensor * parallel.context * parallel.pipeline
-    replicas = parallel.data or max(1, world_size // model)
-    if world_size != model * replicas:
-        product = f"{parallel.tensor}·{parallel.context}·{parallel.pipeline}·{replicas} = {model * replicas}"
-        raise UserError(
-            f"world size {world_size} ≠ TP·CP·PP·DP = {product}: start {model * replicas} processes "
-            f"(torchrun --nproc-per-node {model * replicas}) or change parallel.tensor or parallel.data"
-        )
+    replicas = check_world(config.parallel, world_size)
     if config.grpo.prompts_per_iteration % replicas:
         rule = f"must be a multiple of the data-parallel size {replicas}; each replica takes whole prompts"
         _refuse("grpo.prompts_per_iteration", config.grpo.prompts_per_iteration, rule)
@@ -212,13 +202,11 @@ def _check_architecture(config: Config, path: Path) -> None:
     name = content.get("_class_name") if isinstance(content, dict) else None
     if name != ARCHITECTURE:
         raise UserError(f"{path}: _class_name={name}: this program trains {ARCHITECTURE} only")
-    heads = content.get("num_attention_heads")
-    if not isinstance(heads, int) or heads < 1:
-        raise UserError(f"{path}: num_attention_heads={heads}: expects a whole number >= 1")
-    if heads % config.parallel.tensor:
-        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        rule = f"must divide the model's {heads} attention heads; choose from {fitting}"
-        _refuse("parallel.tensor", config.parallel.tensor, rule)
+    sizes = [content.get("num_attention_heads"), content.get("num_layers", 54)]  # diffusers' default
+    for key, value in zip(("num_attention_heads", "num_layers"), sizes, strict=True):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{path}: {key}={value}: expects a whole number >= 1")
+    check_model_layout(config.parallel, *sizes)
 
 
 def _check_prompts(key: str, path: str) -> None:
@@ -236,8 +224,8 @@ def _check_prompts(key: str, path: str) -> None:
 
 def _check_updates(config: Config, world_size: int) -> None:
     """An update needs at least one (micro-batch, step) pair of gradient."""
-    updates = config.grpo.updates_per_rollout
-    if updates == 1:
+    updates, interleaved = config.grpo.updates_per_rollout, chunks_of_stage(config.parallel) > 1
+    if updates == 1 and not interleaved:
         return
     from megatron_sage.grpo.schedule import shifted_sigmas  # imports torch: only where it is needed
     from megatron_sage.grpo.sde import step_coefficients
@@ -250,3 +238,4 @@ def _check_updates(config: Config, world_size: int) -> None:
     if updates > micro_batches * trained:
         rule = f"must be <= {micro_batches} micro-batches · {trained} trained steps = {micro_batches * trained}"
         _refuse("grpo.updates_per_rollout", updates, rule)
+    check_schedule(config, micro_batches * trained)

@@ -76,7 +76,7 @@ class HunyuanVideoConfig(TransformerConfig):
     context_backend: str = AUTO
     """How attention exchanges tokens over CP; `auto` is resolved on construction."""
     has_cond_embedder: bool = True
-    """Tells `finalize_model_grads` to sum the timestep embedder's gradients over the pipeline: each stage has a copy."""
+    """Makes `finalize_model_grads` sum the timestep embedder's gradients over the pipeline: each stage has a copy."""
 
     def __post_init__(self) -> None:
         self.rope_axes_dim = tuple(self.rope_axes_dim)  # type: ignore[assignment]  # json has lists
@@ -238,9 +238,7 @@ def _validate(config: HunyuanVideoConfig) -> None:
         )
     context = config.context_parallel_size
     if config.context_backend not in CONTEXT_BACKENDS:
-        raise UserError(
-            f"parallel.context_backend={config.context_backend}: choose from {', '.join(CONTEXT_BACKENDS)}"
-        )
+        raise UserError(f"parallel.context_backend={config.context_backend}: choose from {', '.join(CONTEXT_BACKENDS)}")
     if config.context_backend in (ULYSSES, "te_a2a") and heads // tensor % context:
         raise UserError(
             f"parallel.context_backend={config.context_backend}: {heads} heads / tensor {tensor} = {heads // tensor} "

@@ -39,7 +39,7 @@ def parse_layout(text: str, num_layers: int, pipeline: int, virtual: int | None)
     """Rows of a layout in Megatron's notation, e.g. "Et*13|t*14|t*14|t*13L"; UserError names the rule it breaks."""
     cure = 'write e.g. "Et*13|t*14|t*14|t*13L": E embedders, t*n blocks, L final layer, | between stages'
     try:
-        rows = PipelineParallelLayerLayout.parse_str_to_list(text)
+        rows = rows_of(text)
         names = [[_name(item) for item in row] for row in rows]
     except (AssertionError, KeyError, ValueError, AttributeError) as error:
         raise UserError(f"parallel.pipeline_layout={text}: not a layout ({error}); {cure}") from error
@@ -55,6 +55,11 @@ def parse_layout(text: str, num_layers: int, pipeline: int, virtual: int | None)
     if flat.count("decoder") != num_layers:
         raise UserError(f"{key}: holds {flat.count('decoder')} blocks, the model has {num_layers}; {cure}")
     return names
+
+
+def rows_of(text: str) -> list[list[LayerType]]:
+    """Megatron's own reading of the notation."""
+    return PipelineParallelLayerLayout.parse_str_to_list(text)
 
 
 def _name(item: LayerType | str) -> str:

@@ -30,10 +30,10 @@ QWEN, BYT5, IMAGE = range(3)  # rows of cond_type_embed
 class HunyuanVideoDiT(MegatronModule):
     """Video tokens, timestep and text -> velocity.
 
-    One object is one chunk of one pipeline stage: blocks keep their number in the whole model as their name. Every chunk
-    has a copy of the timestep's embedder (Megatron's `pipeline_parallel` attribute makes `finalize_model_grads` sum their
-    gradients; `shared` makes the gradient norm count one of them), only the first the other embedders, only the last
-    the final layer. Without pipeline parallelism that is the whole model.
+    One object is one chunk of one pipeline stage: blocks keep their number in the whole model as their name. Every
+    chunk has a copy of the timestep's embedder (Megatron's `pipeline_parallel` attribute makes `finalize_model_grads`
+    sum their gradients; `shared` makes the gradient norm count one of them), only the first the other embedders, only
+    the last the final layer. Without pipeline parallelism that is the whole model.
 
     The token embedders and the final layer see this rank's tokens only, so under sequence parallelism their parameters'
     gradients are partial and carry `sequence_parallel = True`: `finalize_model_grads` or

@@ -146,9 +146,7 @@ class _GatherAgain:
     output's gradient, which every rank gets.
     """
 
-    def __init__(
-        self, local: torch.Tensor, text: torch.Tensor, shard: TokenShard, group: dist.ProcessGroup
-    ) -> None:
+    def __init__(self, local: torch.Tensor, text: torch.Tensor, shard: TokenShard, group: dist.ProcessGroup) -> None:
         self.local, self.text, self.shard, self.group = local, text, shard, group
         self.joint: torch.Tensor | None = None
 

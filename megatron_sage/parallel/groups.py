@@ -120,10 +120,10 @@ def initialize(
             hierarchical_context_parallel_sizes=hierarchical_context,
             distributed_timeout_minutes=max(1, timeout_seconds // 60),
         )
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     if _replica is None:
         _replica = _replica_group(tensor, context, pipeline)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return Groups(
         tp=collection.tp,

@@ -73,9 +73,7 @@ def pad_tokens(x: torch.Tensor, size: int, dim: int = 0) -> torch.Tensor:
     return F.pad(x, [0, 0] * behind + [0, missing])
 
 
-def gather(
-    x_local: torch.Tensor, shard: TokenShard, group: dist.ProcessGroup | None, dim: int = 0
-) -> torch.Tensor:
+def gather(x_local: torch.Tensor, shard: TokenShard, group: dist.ProcessGroup | None, dim: int = 0) -> torch.Tensor:
     """The whole tensor, padding removed, on every rank of `group` (None: they have it). Not differentiable."""
     pieces = x_local.detach().movedim(dim, 0).contiguous()
     if shard.parts > 1:

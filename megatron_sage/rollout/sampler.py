@@ -184,7 +184,14 @@ def rollout(
         and shared with the others; latents are on the first and on the last.
     """
     trajectories = [
-        MicroTrajectory(f.group, f.samples, f.prompt, Kept(dtype, offload), {}, *(Kept(offload=offload) for _ in "vr"))
+        MicroTrajectory(
+            f.group,
+            f.samples,
+            f.prompt,
+            latents_SBC=Kept(dtype, offload),
+            velocity_SBC=Kept(offload=offload),
+            reference_SBC=Kept(offload=offload),
+        )
         for f in flights
     ]
     noise_of = partial(_noise, network.shape, seed, noise.ROLLOUT, network.device)
@@ -282,7 +289,7 @@ def _on_every_stage(network: Network, x_SBC: torch.Tensor, flight: Flight | Micr
 
 
 def _share_log_probs(network: Network, table: StepTable, trajectories: list[MicroTrajectory]) -> None:
-    """The last stage owns the log-probabilities; one broadcast of [flights, trained steps, B] over PP gives them away."""
+    """The last stage owns the log-probabilities: one broadcast of [flights, trained steps, B] over PP."""
     steps = table.trained_steps
     if network.group is None or network.group.size() == 1 or not trajectories or not steps:
         return

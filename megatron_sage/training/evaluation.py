@@ -48,7 +48,9 @@ def evaluate(
     texts = [prompts[number].text for number in mine for _ in samples]
     rows: list[dict[str, Any]] = []
     if latents:
-        scores = score(latents, texts, engine.shape, codec, reward, config.video.fps, engine.token_group, groups.replica)
+        scores = score(
+            latents, texts, engine.shape, codec, reward, config.video.fps, engine.token_group, groups.replica
+        )
         rewards = weighted(scores.dimensions, config.reward.weights)
         numbers = [number * len(samples) + sample for number in mine for sample in samples]
         rows = [

@@ -86,7 +86,7 @@ class _Verification:
 
 
 def _micro_batches(chunk: HunyuanVideoDiT, inputs: Inputs) -> list[_MicroBatch]:
-    """Under a pipeline one sample each, for a schedule wants micro-batches of one size; and a multiple of its stages."""
+    """Under a pipeline one sample each, for a schedule wants micro-batches of one size, as many as PP divides."""
     stages = chunk.pp_group.size()
     if stages == 1:
         return [_MicroBatch(samples, text) for samples, text in inputs.micro_batches()]
@@ -113,7 +113,8 @@ def run_ours(
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.grad, parameter.main_grad = None, None  # type: ignore[attr-defined]
-    work, blocks = _Verification(chunks, inputs), {}
+    work = _Verification(chunks, inputs)
+    blocks: dict[int, tuple[dict, dict]] = {}
     virtual = config.virtual_pipeline_model_parallel_size
     iterators = [iter(work.batches) for _ in chunks]
     per_token, config.calculate_per_token_loss = config.calculate_per_token_loss, True  # the loss is a plain sum

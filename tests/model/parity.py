@@ -145,9 +145,7 @@ def reference(case: Case, dtype: torch.dtype = torch.float32) -> str:
 
 def build(case: Case, groups: Groups, **options: Any) -> HunyuanVideoDiT:
     """Our model with the case's weights, this rank's slices."""
-    config = HunyuanVideoConfig.from_diffusers(
-        case.config(), tensor=groups.tp_size, context=groups.cp_size, **options
-    )
+    config = HunyuanVideoConfig.from_diffusers(case.config(), tensor=groups.tp_size, context=groups.cp_size, **options)
     model = HunyuanVideoDiT(config, groups.collection)
     weights = random_weights(case.config())
     state: dict[str, torch.Tensor] = {}

@@ -91,7 +91,8 @@ def test_core_attention_can_be_recomputed(one_rank: Groups) -> None:
     runs = [run_samples(model, CASE) for model in (plain, recomputed)]
     assert torch.equal(runs[0].velocity[0], runs[1].velocity[0])
     torch.testing.assert_close(
-        plain.transformer_blocks["0"].attn.img_qkv.weight.grad, recomputed.transformer_blocks[0].attn.img_qkv.weight.grad
+        plain.transformer_blocks["0"].attn.img_qkv.weight.grad,
+        recomputed.transformer_blocks["0"].attn.img_qkv.weight.grad,
     )
 
 

@@ -20,9 +20,7 @@ CASES = {
 }
 
 
-def measure_rank(
-    case: Case, path: str, tensor: int, context: int, **options: Any
-) -> tuple[float, dict[str, float]]:
+def measure_rank(case: Case, path: str, tensor: int, context: int, **options: Any) -> tuple[float, dict[str, float]]:
     return measure(initialize(tensor=tensor, context=context), case, path, **options)
 
 

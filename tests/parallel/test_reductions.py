@@ -1,5 +1,6 @@
 """Sums over ranks: the loss's, and the replicated parameters' gradients as Megatron completes them."""
 
+import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
@@ -30,12 +31,13 @@ def test_the_gradient_of_a_sharded_sum_is_whole() -> None:
         assert untouched
 
 
-def compare_with_megatron(sequence_parallel: bool) -> list[str]:
+def compare_with_megatron(sequence_parallel: bool, tensor: int, context: int) -> list[str]:
     """Names of the parameters whose gradient is not bit-equal to what Megatron's DDP and finalize_model_grads give."""
-    groups = initialize(tensor=torch.distributed.get_world_size())
+    groups = initialize(tensor=tensor, context=context)
     ours, wrapped = (build(CASE, groups, sequence_parallel=sequence_parallel) for _ in range(2))
     run_samples(ours, CASE)
     groups.collection.embd = groups.collection.pos_embd = None
+    wrapped.config.calculate_per_token_loss = True  # sums, as in training: no average over DP x CP
     ddp = DistributedDataParallel(
         wrapped.config, DistributedDataParallelConfig(), wrapped, pg_collection=groups.collection
     )
@@ -44,7 +46,7 @@ def compare_with_megatron(sequence_parallel: bool) -> list[str]:
     different = []
     for (name, a), b in zip(ours.named_parameters(), wrapped.parameters(), strict=True):
         expected = torch.zeros_like(a) if a.grad is None else a.grad
-        if not torch.equal(expected, b.main_grad):
+        if a.requires_grad and not torch.equal(expected, b.main_grad):
             different.append(name)
     return different
 
@@ -52,16 +54,21 @@ def compare_with_megatron(sequence_parallel: bool) -> list[str]:
 def run_samples_without_reduction(model: torch.nn.Module) -> None:
     import tests.model.parity as parity
 
-    reduce, parity.allreduce_replicated_gradients = parity.allreduce_replicated_gradients, lambda *args: None
+    reduce, parity.complete_gradients = parity.complete_gradients, lambda *args: None
     try:
         run_samples(model, CASE)
     finally:
-        parity.allreduce_replicated_gradients = reduce
+        parity.complete_gradients = reduce
 
 
-def test_replicated_gradients_become_what_megatron_makes_of_them() -> None:
-    for sequence_parallel in (False, True):
-        ranks = run_on_ranks(
-            2, "tests.parallel.test_reductions:compare_with_megatron", sequence_parallel=sequence_parallel
-        )
-        assert ranks == [[], []]
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["replicated", "sequence parallel"])
+@pytest.mark.parametrize(("tensor", "context"), [(2, 1), (1, 2), (2, 2)])
+def test_gradients_become_what_megatron_makes_of_them(tensor: int, context: int, sequence_parallel: bool) -> None:
+    ranks = run_on_ranks(
+        tensor * context,
+        "tests.parallel.test_reductions:compare_with_megatron",
+        sequence_parallel=sequence_parallel,
+        tensor=tensor,
+        context=context,
+    )
+    assert ranks == [[]] * (tensor * context)

@@ -1,6 +1,7 @@
 """The denoising loop against closed forms, and its log-probabilities against autograd's Gaussian."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from megatron_sage.model.transformer import TextCondition
 from megatron_sage.parallel import noise
 from megatron_sage.parallel.sequence import TokenShard
 from megatron_sage.rollout.buffer import MicroTrajectory
-from megatron_sage.rollout.policy import Prompt, VideoShape, guided_velocity
-from megatron_sage.rollout.sampler import rollout, sample_latents, transition_log_prob
+from megatron_sage.rollout.policy import Network, Prompt, VideoShape
+from megatron_sage.rollout.sampler import Flight, rollout, sample_latents, transition_log_prob
 
 MEAN, STD = 0.7, 0.4  # of the data in every element
 SHAPE = VideoShape((4, 8, 8), 6, TokenShard(256, 1, 0))
@@ -28,17 +29,36 @@ def exact_velocity(x: torch.Tensor, sigma: float, prompt: Prompt) -> torch.Tenso
     return (sigma - (1 - sigma) * STD**2) / variance * centred - MEAN
 
 
+class ExactNetwork(Network):
+    """One stage whose velocity is the exact one."""
+
+    def __init__(self) -> None:
+        super().__init__([], SHAPE, 1.0, CPU)
+        self.starts = self.ends = True
+        self.num_chunks = 1
+
+    def forward(self, chunk: int, x: torch.Tensor, sigma: float, prompt: Prompt, *rest: object) -> torch.Tensor:
+        return exact_velocity(x, sigma, prompt)
+
+
 def roll(sde_type: str, steps: int, eta: float, samples: list[int]) -> MicroTrajectory:
     table, _ = step_table(sde_type, steps, 3.0, eta)
-    return rollout(exact_velocity, table, PROMPT, SHAPE, samples, seed=1, group=0, token_group=None, device=CPU)
+    flights = [Flight(0, samples, PROMPT)]
+    (trajectory,), _ = rollout(ExactNetwork(), table, flights, seed=1, token_group=None)
+    assert len(trajectory.latents_SBC) == steps + 1
+    return trajectory
+
+
+def final(trajectory: MicroTrajectory) -> torch.Tensor:
+    return trajectory.latents_SBC[len(trajectory.latents_SBC) - 1]
 
 
 @pytest.mark.parametrize("sde_type", ["ode", "dance_grpo", "flow_grpo", "sage_grpo", "cps"])
 def test_the_loop_ends_in_the_data_distribution(sde_type: str) -> None:
     """12,288 elements: the standard error of the mean is 0.004, of the std 0.003."""
-    final = roll(sde_type, 200, 0.3, [0, 1, 2, 3, 4, 5, 6, 7]).final_SBC
-    assert abs(final.mean() - MEAN) < 0.03
-    assert abs(final.std() - STD) < 0.03
+    x_SBC = final(roll(sde_type, 200, 0.3, [0, 1, 2, 3, 4, 5, 6, 7]))
+    assert abs(x_SBC.mean() - MEAN) < 0.03
+    assert abs(x_SBC.std() - STD) < 0.03
 
 
 def test_log_probability_is_the_mean_gaussian_density_of_what_is_stored() -> None:
@@ -69,30 +89,43 @@ def test_gradient_norm_of_the_log_probability_is_the_equalizer_s_factor() -> Non
 def test_a_sample_does_not_depend_on_the_micro_batch() -> None:
     together = roll("sage_grpo", 5, 0.5, [0, 1, 2, 3])
     alone = roll("sage_grpo", 5, 0.5, [2])
-    assert torch.equal(together.final_SBC[:, 2:3], alone.final_SBC)
+    assert torch.equal(final(together)[:, 2:3], final(alone))
     assert torch.allclose(together.log_prob_B[4][2:3], alone.log_prob_B[4], atol=1e-7)
 
 
 def test_sampling_without_a_record_is_the_same_loop() -> None:
     table, _ = step_table("cps", 5, 3.0, 0.5)
-    kept = roll("cps", 5, 0.5, [0, 1]).final_SBC
-    stream = noise.ROLLOUT
-    free = sample_latents(exact_velocity, table, PROMPT, SHAPE, [0, 1], seed=1, group=0, stream=stream, device=CPU)
+    kept = final(roll("cps", 5, 0.5, [0, 1]))
+    flights = [Flight(0, [0, 1], PROMPT)]
+    (free,) = sample_latents(ExactNetwork(), table, flights, seed=1, stream=noise.ROLLOUT)
     assert torch.equal(kept, free)
 
 
-def test_guidance_extrapolates_from_the_unconditional_branch() -> None:
-    calls: list[tuple[int, float]] = []
+class CountingChunk:
+    """In the place of a model: its velocity is the number of text tokens."""
 
-    def model(video: torch.Tensor, timestep: torch.Tensor, text: TextCondition, grid: object) -> torch.Tensor:
-        assert timestep.dtype == torch.float32 and video.shape[-1] == 9 and not video[..., 6:].any()
-        calls.append((text.qwen_BLD.shape[1], float(timestep[0])))
+    pp_group = None
+    pre_process = post_process = True
+    config = SimpleNamespace(in_channels=9, params_dtype=torch.bfloat16)
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, float]] = []
+
+    def __call__(
+        self, video: torch.Tensor, timestep: torch.Tensor, text: TextCondition, grid: object, packed_SBH: None
+    ) -> torch.Tensor:
+        assert timestep.dtype == torch.float32 and video.dtype == torch.bfloat16
+        assert video.shape[-1] == 9 and not video[..., 6:].any()
+        self.calls.append((text.qwen_BLD.shape[1], float(timestep[0])))
         return torch.full((256, 2, 6), float(text.qwen_BLD.shape[1]), dtype=video.dtype)
 
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_guidance_extrapolates_from_the_unconditional_branch(guidance: float) -> None:
     two = Prompt("x", TextCondition(torch.zeros(1, 5, 1), EMPTY, EMPTY), PROMPT.unconditional)
-    x = torch.zeros(256, 2, 6)
-    v = guided_velocity(model, x, 0.3001, two, SHAPE, 4.0, 9, torch.bfloat16)
-    assert v.dtype == torch.float32 and torch.equal(v, torch.full_like(v, 1 + 4 * (5 - 1)))
-    assert calls == [(5, pytest.approx(300.1)), (1, pytest.approx(300.1))]  # bfloat16 would have made it 300
-    guided_velocity(model, x, 0.3, two, SHAPE, 1.0, 9, torch.float32)
-    assert len(calls) == 3  # one forward without guidance
+    chunk = CountingChunk()
+    network = Network([chunk], SHAPE, guidance, CPU)  # type: ignore[list-item]
+    v = network.train_forward(chunk, 0, torch.zeros(256, 2, 6), 0.3001, two, 2, length=0)  # type: ignore[arg-type]
+    assert v.dtype == torch.float32 and torch.equal(v, torch.full_like(v, 1 + guidance * (5 - 1)))
+    expected = [(5, pytest.approx(300.1)), (1, pytest.approx(300.1))]  # bfloat16 would have made it 300
+    assert chunk.calls == expected[: network.branches] and network.branches == (1 if guidance == 1.0 else 2)

@@ -40,7 +40,10 @@ class BrokenReward(BrightnessReward):
 
 
 def build(root: Path, seed: int = 0, matrix_scale: float | None = None, **transformer_config: Any) -> Path:
-    """`matrix_scale`: of weights of two dimensions and more, over the root of their inputs. Random weights seeded from numpy, small enough to train in seconds; returns the diffusers root."""
+    """Random weights seeded from numpy, small enough to train in seconds; returns the diffusers root.
+
+    `matrix_scale`: of the transformer's matrices, over the root of their number of inputs; None: 0.05 for all.
+    """
     from diffusers import HunyuanVideo15Transformer3DModel
 
     from megatron_sage.checkpoint.convert import hf_to_megatron
