@@ -23,6 +23,7 @@ def settings(root: Path, name: str, **changes: Any) -> dict[str, Any]:
         "sampler.num_steps": 2,
         "training.iterations": 3,
         "kl.anchor_interval": 1,
+        "reward.function": "tests.training.world:SteadyReward",
         "kl.schedule": "fixed",
         # Adam divides by the root of the second moment: without a floor above the rounding of the smallest gradients
         # it turns their noise into steps of full size, in the single process as on any layout

@@ -80,6 +80,43 @@ def is_zero_by_mathematics(name: str) -> bool:
     return "refiner_blocks" in name and name.endswith("attn.to_k.bias")
 
 
+VARIANTS = {
+    "keys and values gathered": (2, {"parallel.context": 2, "parallel.context_backend": "allgather"}),
+    "interleaved": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+    "uneven by hand, recomputed": (
+        2,
+        {"parallel.pipeline": 2, "parallel.pipeline_layout": "Et|t*4L", "precision.recompute": "full"},
+    ),
+    "no sequence parallelism": (4, {"parallel.tensor": 2, "parallel.sequence": False, "parallel.context": 2}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_ways_through_the_same_layout(root: Path, single: dict[str, dict[str, Any]], variant: str) -> None:
+    processes, changes = VARIANTS[variant]
+    found = run(root, variant.replace(" ", "_").replace(",", ""), processes, GUIDANCE["guided"], **changes)
+    assert_same_run(found, single["guided"])
+
+
+@pytest.fixture(scope="module")
+def patchy(root: Path) -> dict[str, Any]:
+    found = run(root, "single_patchy", 1, 1.0, **PATCHY)
+    assert 0 < found["rows"][0]["reward/nonfinite"] < 8
+    return found
+
+
+PATCHY = {"reward.function": "tests.training.world:PatchyReward"}
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2), (1, 2, 1, 2)], ids=str)
+def test_dropped_samples_are_counted_once(root: Path, patchy: dict[str, Any], sizes: tuple[int, int, int, int]) -> None:
+    """The gradient is divided by the number of pairs that are left, whatever ranks hold them."""
+    name = f"patchy_{'_'.join(map(str, sizes))}"
+    found = run(root, name, int(np.prod(sizes)), 1.0, **PATCHY, **layout(*sizes))
+    assert found["rows"][0]["reward/nonfinite"] == patchy["rows"][0]["reward/nonfinite"]
+    assert_same_run(found, patchy)
+
+
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=lambda sizes: "-".join(map(str, sizes)))
 def test_the_run_of_the_single_process(

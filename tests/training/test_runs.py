@@ -86,6 +86,8 @@ LAYOUTS = [
     pytest.param(4, {"parallel.tensor": 4}, id="tp4-sp"),
     pytest.param(2, {}, id="dp2"),
     pytest.param(4, {"parallel.tensor": 2}, id="tp2-sp-dp2"),
+    pytest.param(2, {"parallel.pipeline": 2, "sampler.micro_batch": 1}, id="pp2-single-samples"),
+    pytest.param(4, {"parallel.tensor": 2, "parallel.sequence": False, "parallel.context": 2}, id="tp2-cp2"),
     pytest.param(1, {"sampler.micro_batch": 4}, id="whole-group"),
 ]
 
@@ -117,6 +119,21 @@ def test_a_resumed_run_is_the_uninterrupted_run(root: Path, single: dict[str, An
     assert [untimed(row) for row in resumed["rows"]] == [untimed(row) for row in single["rows"]]
     for name, value in single["weights"].items():
         assert np.array_equal(value, resumed["weights"][name]), name
+
+
+def test_a_resumed_run_on_context_and_pipeline_ranks_is_the_uninterrupted_run(root: Path) -> None:
+    layout = {"parallel.context": 2, "parallel.pipeline": 2}
+    whole = run(root, "whole_parallel", 4, **layout)
+    run(root, "resumed_parallel", 4, **{"training.iterations": 2}, **layout)
+    resumed = run(root, "resumed_parallel", 4, **{"training.resume": True}, **layout)
+    assert [untimed(row) for row in resumed["rows"]] == [untimed(row) for row in whole["rows"]]
+    for name, value in whole["weights"].items():
+        assert np.array_equal(value, resumed["weights"][name]), name
+
+
+def test_trajectories_in_half_precision_are_scored_as_they_are_stored(root: Path) -> None:
+    rows = run(root, "half", **{"sampler.latent_dtype": "bf16", "sampler.offload_trajectories": True})["rows"]
+    assert max(row["ratio/initial_deviation"] for row in rows) <= 1e-6
 
 
 def test_a_run_directory_is_not_overwritten(root: Path, single: dict[str, Any]) -> None:
@@ -163,7 +180,8 @@ def test_latents_that_are_not_numbers_lose_their_sample_alone() -> None:
     prompt = Prompt("", TextCondition(empty, empty, empty), TextCondition(empty, empty, empty))
     latents = torch.ones(3, 2, 4)
     latents[:, 1] = torch.nan
-    trajectory = MicroTrajectory(0, [0, 1], prompt, [latents, latents], {0: torch.tensor([1.0, torch.nan])})
+    trajectory = MicroTrajectory(0, [0, 1], prompt, log_prob_B={0: torch.tensor([1.0, torch.nan])})
+    trajectory.latents_SBC[0] = latents
     trajectory.keep(torch.tensor([True, False]))
     weight = torch.ones(4, requires_grad=True)
     (trajectory.latents_SBC[0] * weight).sum().backward()
