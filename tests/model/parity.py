@@ -16,10 +16,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_sage.checkpoint.distributed import gather_named
 from megatron_sage.checkpoint.keymap import Binding, KeyMap
 from megatron_sage.model import HunyuanVideoConfig, HunyuanVideoDiT, TextCondition
+from megatron_sage.model.transformer import build_chunks
 from megatron_sage.parallel.groups import Groups
 from megatron_sage.parallel.reductions import complete_gradients
+from megatron_sage.verification.inputs import Inputs
+from megatron_sage.verification.ours import run_ours
 
 OUTPUT_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
@@ -144,16 +148,25 @@ def reference(case: Case, dtype: torch.dtype = torch.float32) -> str:
 
 
 def build(case: Case, groups: Groups, **options: Any) -> HunyuanVideoDiT:
-    """Our model with the case's weights, this rank's slices."""
-    config = HunyuanVideoConfig.from_diffusers(case.config(), tensor=groups.tp_size, context=groups.cp_size, **options)
-    model = HunyuanVideoDiT(config, groups.collection)
+    """Our model with the case's weights, this rank's slices; one stage."""
+    (model,) = build_stage(case, groups, **options)
+    return model
+
+
+def build_stage(case: Case, groups: Groups, **options: Any) -> list[HunyuanVideoDiT]:
+    """The chunks of this rank's pipeline stage."""
+    config = HunyuanVideoConfig.from_diffusers(
+        case.config(), tensor=groups.tp_size, context=groups.cp_size, pipeline=groups.pp_size, **options
+    )
+    chunks = build_chunks(config, groups.collection)
     weights = random_weights(case.config())
     state: dict[str, torch.Tensor] = {}
     for binding in KeyMap.from_config(case.config()).bindings:
         parts = [_slice(weights[name], binding, groups) for name in binding.diffusers]
         state.update(zip(binding.ours, binding.convert(parts, "diffusers", "ours"), strict=True))
-    model.load_state_dict(state, strict=True)
-    return model
+    for chunk in chunks:
+        chunk.load_state_dict({name: state[name] for name in chunk.state_dict()}, strict=True)
+    return chunks
 
 
 def _slice(tensor: torch.Tensor, binding: Binding, groups: Groups) -> torch.Tensor:
@@ -276,6 +289,25 @@ def measure(groups: Groups, case: Case, path: str, **options: Any) -> tuple[floa
     model = build(case, groups, **options)
     run = run_samples(model, case)
     return output_error(model, run, case, path), gradient_errors(model, run, case, path, groups)
+
+
+def measure_schedule(groups: Groups, case: Case, path: str, **options: Any) -> tuple[float, dict[str, float]]:
+    """Like `measure`, through Megatron's schedule and put together: gradients on rank 0, none elsewhere."""
+    chunks = build_stage(case, groups, **options)
+    inputs = random_inputs(case)
+    masks = {name: value.bool() for name, value in inputs.items() if "mask" in name}
+    result = run_ours(chunks, Inputs(**(inputs | masks)))
+    theirs = load_file(path)
+    assert result.input_gradient is not None
+    scale = theirs["grad_input.hidden_states"].abs().max()
+    errors = {"hidden_states": relative(result.input_gradient, theirs["grad_input.hidden_states"], scale)}
+    for name, gradient in gather_named(chunks, "grad"):
+        whole = theirs.get(f"grad.{name}")
+        if gradient is not None and whole is None:
+            errors[name] = float(gradient.abs().max())
+        elif gradient is not None:
+            errors[name] = relative(gradient, whole, _scale(name, theirs))
+    return relative(result.sample, theirs["sample"], theirs["sample"].abs().max()), errors
 
 
 def assert_parity(output: float, gradients: dict[str, float], rank: int = 0) -> None:

@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 
 from megatron_sage.parallel.groups import initialize
-from tests.model.parity import Case, assert_parity, build, measure, reference, run_samples
+from tests.model.parity import (
+    OUTPUT_TOLERANCE,
+    Case,
+    assert_parity,
+    build,
+    measure,
+    measure_schedule,
+    reference,
+    run_samples,
+)
 from tests.parallel.pool import run_on_ranks
 
 CASES = {
@@ -51,6 +60,45 @@ def test_equals_diffusers(name: str, tensor: int, sequence_parallel: bool) -> No
 @pytest.mark.parametrize("name", CASES)
 def test_context_parallel_equals_diffusers(name: str, tensor: int, context: int, backend: str) -> None:
     check(name, tensor, context, context_backend=backend, sequence_parallel=True)
+
+
+CASES_OF_A_PIPELINE = {
+    "16 heads, 5 blocks": Case(heads=16, head_dim=8, layers=5, grid=(1, 3, 7), qwen=(7, 2, 7), byt5=(0, 1, 0)),
+    "odd image-to-video, MeanFlow": Case(
+        grid=(3, 3, 5), qwen=(5, 5), byt5=(2, 2), image_to_video=True, meanflow=True, layers=4
+    ),
+}
+
+
+def measure_pipeline(
+    case: Case, path: str, tensor: int, context: int, pipeline: int, **options: Any
+) -> tuple[float, dict[str, float]]:
+    virtual = options.get("virtual_pipeline")
+    groups = initialize(tensor=tensor, context=context, pipeline=pipeline, virtual_pipeline=virtual)
+    return measure_schedule(groups, case, path, **options)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "context", "pipeline", "options"),
+    [
+        (1, 1, 2, {}),
+        (2, 1, 2, {"sequence_parallel": True}),
+        (1, 2, 2, {}),
+        (1, 1, 4, {"recompute": "full"}),
+        (1, 1, 2, {"virtual_pipeline": 2}),
+        (1, 2, 1, {}),
+    ],
+)
+@pytest.mark.parametrize("name", CASES_OF_A_PIPELINE)
+def test_pipeline_equals_diffusers(
+    name: str, tensor: int, context: int, pipeline: int, options: dict[str, Any]
+) -> None:
+    case = CASES_OF_A_PIPELINE[name]
+    sizes = {"tensor": tensor, "context": context, "pipeline": pipeline}
+    function = "tests.parallel.test_parity:measure_pipeline"
+    ranks = run_on_ranks(tensor * context * pipeline, function, case=case, path=reference(case), **sizes, **options)
+    assert len(ranks[0][1]) > 100 and all(output <= OUTPUT_TOLERANCE for output, _ in ranks)
+    assert_parity(*ranks[0])
 
 
 @pytest.mark.parametrize("backend", ["ulysses", "allgather"])
