@@ -8,29 +8,34 @@ import torch
 
 from megatron_sage.checkpoint.keymap import KeyMap
 from megatron_sage.parallel.groups import initialize
-from tests.model.parity import Case, build
+from tests.model.parity import Case, build_stage
 from tests.parallel.pool import run_on_ranks
 
-CASE = Case(meanflow=True)
+CASE = Case(meanflow=True, layers=4)
 
 
-def shards(tensor: int) -> dict[str, Any]:
-    groups = initialize(tensor=tensor)
-    sharded = build(CASE, groups, sequence_parallel=True).sharded_state_dict()
-    return {
-        key: (item.global_shape, item.global_offset, tuple(item.data.shape), item.replica_id)
-        for key, item in sharded.items()
-    }
+def shards(tensor: int, context: int, pipeline: int, virtual: int | None) -> list[tuple[str, Any, Any, Any, Any]]:
+    groups = initialize(tensor=tensor, context=context, pipeline=pipeline, virtual_pipeline=virtual)
+    chunks = build_stage(CASE, groups, sequence_parallel=True, virtual_pipeline=virtual)
+    return [
+        (key, item.global_shape, item.global_offset, tuple(item.data.shape), item.replica_id)
+        for chunk in chunks
+        for key, item in chunk.sharded_state_dict().items()
+    ]
 
 
-@pytest.mark.parametrize("tensor", [1, 2, 4])
-def test_each_element_has_one_owner(tensor: int) -> None:
-    ranks = run_on_ranks(4, "tests.parallel.test_checkpoint_layout:shards", tensor=tensor)
+LAYOUTS = [(1, 1, 1, None), (2, 1, 1, None), (4, 1, 1, None), (1, 2, 2, None), (2, 1, 2, None), (1, 2, 2, 2)]
+
+
+@pytest.mark.parametrize(("tensor", "context", "pipeline", "virtual"), LAYOUTS)
+def test_each_element_has_one_owner(tensor: int, context: int, pipeline: int, virtual: int | None) -> None:
+    function = "tests.parallel.test_checkpoint_layout:shards"
+    ranks = run_on_ranks(4, function, tensor=tensor, context=context, pipeline=pipeline, virtual=virtual)
     shapes = KeyMap.from_config(CASE.config()).shapes("ours")
     written = defaultdict(list)
     for rank in ranks:
-        assert set(rank) == set(shapes)
-        for key, (global_shape, offset, shape, replica) in rank.items():
+        assert pipeline > 1 or {key for key, *_ in rank} == set(shapes)
+        for key, global_shape, offset, shape, replica in rank:
             assert global_shape == shapes[key]
             if not any(replica if isinstance(replica, tuple) else (replica,)):
                 written[key].append((offset, shape))

@@ -11,12 +11,12 @@ from megatron_sage.checkpoint.distributed import export_hf, gather_named, load_h
 from megatron_sage.checkpoint.keymap import KeyMap
 from megatron_sage.errors import UserError
 from megatron_sage.model.config import HunyuanVideoConfig
-from megatron_sage.model.transformer import HunyuanVideoDiT
+from megatron_sage.model.transformer import HunyuanVideoDiT, build_chunks
 from megatron_sage.parallel.groups import initialize
 from tests.checkpoint.synthetic import assert_identical, random_tensors, read_all, tiny_config, write_hf
 from tests.parallel import pool
 
-CONFIG = tiny_config(use_meanflow=True)
+CONFIG = tiny_config(use_meanflow=True, num_layers=4)
 
 
 def run_on_ranks(world: int, function: str, **kwargs: Any) -> list[Any]:
@@ -171,3 +171,38 @@ def test_a_fault_found_by_all_ranks(hf: Path, tmp_path: Path) -> None:
         target=str(tmp_path / "out"),
     )
     assert errors == [f"{tmp_path / 'no'}: no such directory"] * 2
+
+
+def through_a_layout(sizes: dict[str, int], megatron: str, out: str) -> list[str]:
+    """Load, save and export at a layout; the names that gather_named yields on this rank with a tensor."""
+    virtual = sizes.get("virtual_pipeline")
+    groups = initialize(**sizes)
+    layout = {key: sizes[key] for key in ("tensor", "context", "pipeline")}
+    config = HunyuanVideoConfig.from_diffusers(
+        CONFIG, dtype=torch.bfloat16, sequence_parallel=True, virtual_pipeline=virtual, **layout
+    )
+    chunks = build_chunks(config, groups.collection)
+    load_weights(chunks, megatron)
+    save_weights(chunks, Path(out) / "saved")
+    export_hf(chunks, Path(out) / "exported", max_shard_bytes=3 * 10**6)
+    return [name for name, value in gather_named(chunks, "param") if value is not None]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tensor": 1, "context": 1, "pipeline": 2},
+        {"tensor": 2, "context": 1, "pipeline": 2},
+        {"tensor": 1, "context": 2, "pipeline": 2},
+        {"tensor": 1, "context": 1, "pipeline": 2, "virtual_pipeline": 2},
+    ],
+    ids=lambda sizes: "-".join(f"{key}{value}" for key, value in sizes.items()),
+)
+def test_stages_load_save_and_export_the_whole_model(hf: Path, tmp_path: Path, sizes: dict[str, int]) -> None:
+    hf_to_megatron(hf, tmp_path / "megatron")
+    world = sizes["tensor"] * sizes["context"] * sizes["pipeline"]
+    names = run_on_ranks(world, "through_a_layout", sizes=sizes, megatron=str(tmp_path / "megatron"), out=str(tmp_path))
+    assert set(names[0]) == set(random_tensors(CONFIG)) and not any(names[1:])
+    megatron_to_hf(tmp_path / "saved", tmp_path / "back")
+    for directory in ("exported", "back"):
+        assert_identical(random_tensors(CONFIG), read_all(tmp_path / directory))

@@ -22,7 +22,10 @@ LAYOUTS = [
     (1, 2, 2, 1),
     (1, 2, 1, 2),
 ]
-NIGHTLY = [(2, 2, 2, 1), (1, 4, 1, 1), (4, 1, 1, 1), (1, 1, 4, 1)]
+NIGHTLY = [
+    pytest.param(sizes, marks=pytest.mark.nightly)
+    for sizes in [(2, 2, 2, 1), (1, 4, 1, 1), (4, 1, 1, 1), (1, 1, 4, 1), (2, 1, 1, 2), (1, 1, 2, 2), (2, 2, 1, 2)]
+]
 GUIDANCE = {"guided": 2.0, "unguided": 1.0}
 
 
@@ -118,7 +121,7 @@ def test_dropped_samples_are_counted_once(root: Path, patchy: dict[str, Any], si
 
 
 @pytest.mark.parametrize("guidance", GUIDANCE)
-@pytest.mark.parametrize("sizes", LAYOUTS, ids=lambda sizes: "-".join(map(str, sizes)))
+@pytest.mark.parametrize("sizes", [*LAYOUTS, *NIGHTLY], ids=lambda sizes: "-".join(map(str, sizes)))
 def test_the_run_of_the_single_process(
     root: Path, single: dict[str, dict[str, Any]], sizes: tuple[int, int, int, int], guidance: str
 ) -> None:
