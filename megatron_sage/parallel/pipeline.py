@@ -112,6 +112,8 @@ def execute(plan: Plan, work: Work, group: dist.ProcessGroup | None, chunks: int
     tokens in the slot that takes them, for a result when its flight enters again.
     """
     rank, last = (0, 0) if group is None else (group.rank(), group.size() - 1)
+    if group is not None and dist.get_backend(group) == "nccl":
+        dist.barrier(group=group)  # NCCL wants all ranks in a group's first operation, the first slot has two of them
     occupancy = Occupancy()
     arrived: torch.Tensor | _Message | None = None
     sent: list[_Message] = []
