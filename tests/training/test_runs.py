@@ -131,6 +131,29 @@ def test_a_resumed_run_on_context_and_pipeline_ranks_is_the_uninterrupted_run(ro
         assert np.array_equal(value, resumed["weights"][name]), name
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"parallel.context": 2, "parallel.pipeline": 2}, {"parallel.tensor": 2}),
+        ({"parallel.tensor": 2}, {"parallel.pipeline": 2}),
+    ],
+    ids=["cp2-pp2 to tp2", "tp2 to pp2"],
+)
+def test_a_run_goes_on_at_another_layout(
+    root: Path, first: dict[str, Any], second: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    name, steady = request.node.callspec.id.replace(" ", "_"), {"optimizer.eps": 1e-5}
+    steady |= {"reward.function": "tests.training.world:SteadyReward"}
+    whole = run(root, f"whole_{name}", **steady)
+    run(root, name, int(np.prod(list(first.values()))), **{"training.iterations": 2}, **steady, **first)
+    resumed = run(root, name, int(np.prod(list(second.values()))), **{"training.resume": True}, **steady, **second)
+    for mine, theirs in zip(resumed["rows"], whole["rows"], strict=True):
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert mine["reward/mean"] == theirs["reward/mean"]
+    for key, value in whole["weights"].items():
+        assert np.abs(resumed["weights"][key] - value).max() <= 1e-3 * 3 * 2 * 1e-4, key  # of six steps of lr
+
+
 def test_trajectories_in_half_precision_are_scored_as_they_are_stored(root: Path) -> None:
     rows = run(root, "half", **{"sampler.latent_dtype": "bf16", "sampler.offload_trajectories": True})["rows"]
     assert max(row["ratio/initial_deviation"] for row in rows) <= 1e-6

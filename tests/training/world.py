@@ -136,4 +136,4 @@ def train_job(arguments: list[str], processes: int) -> dict[str, Any]:
     directory = Path(config.output_dir)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     weights = load_file(directory / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
-    return {"rows": rows, "weights": {name: value.numpy() for name, value in weights.items()}}
+    return {"rows": rows, "weights": {name: value.float().numpy() for name, value in weights.items()}}
