@@ -1,0 +1,252 @@
+"""The rollout's pipeline: its plan as properties, its execution on real ranks, counted from what they wrote down."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sage.parallel.pipeline import Plan, Task, execute, plan_slots
+from tests.parallel.pool import run_on_ranks
+
+counts = st.integers(1, 6)
+
+
+def column(plan: Plan, stage: int) -> list[tuple[int, Task]]:
+    return [(slot, task) for slot, row in enumerate(plan) if (task := row[stage]) is not None]
+
+
+def idle(plan: Plan) -> int:
+    """Slots without a task between a stage's first and last one, over all stages."""
+    total = 0
+    for stage in range(len(plan[0])):
+        slots = [slot for slot, _ in column(plan, stage)]
+        total += slots[-1] - slots[0] + 1 - len(slots)
+    return total
+
+
+def assert_causal(when: dict[tuple[int, Task], int], stages: int, chunks: int, branches: int, chained: bool) -> None:
+    """`when[stage, task]` is its slot: stage by stage, chunk by chunk, and a step after all branches of the last."""
+    for (stage, task), slot in when.items():
+        if stage > 0:
+            assert when[stage - 1, task] < slot
+        elif task.chunk > 0:
+            assert when[stages - 1, task._replace(chunk=task.chunk - 1)] < slot
+        elif chained and task.step > 0:
+            for branch in range(branches):
+                assert when[stages - 1, Task(task.flight, task.step - 1, branch, chunks - 1)] < slot
+
+
+@given(counts, counts, st.integers(1, 2), st.integers(1, 5), st.integers(1, 3), st.booleans())
+def test_everything_once_and_in_order(
+    flights: int, steps: int, branches: int, stages: int, chunks: int, chained: bool
+) -> None:
+    plan = plan_slots(flights, steps, branches, stages, chunks, chained)
+    for stage in range(stages):
+        tasks = [task for _, task in column(plan, stage)]
+        assert len(tasks) == len(set(tasks)) == flights * steps * branches * chunks
+    when = {(stage, task): slot for stage in range(stages) for slot, task in column(plan, stage)}
+    assert_causal(when, stages, chunks, branches, chained)
+
+
+@given(st.integers(1, 8), st.integers(0, 6), st.integers(2, 30), st.integers(1, 2))
+def test_no_bubble_with_as_many_flights_as_stages(stages: int, more: int, steps: int, branches: int) -> None:
+    assert idle(plan_slots(stages + more, steps, branches, stages)) == 0
+
+
+@given(st.integers(2, 8), st.data(), st.integers(2, 30))
+def test_the_bubble_of_too_few_flights(stages: int, data: Any, steps: int) -> None:
+    """Every round of fewer flights than stages waits for the last of them to come back."""
+    flights = data.draw(st.integers(1, stages - 1))
+    assert idle(plan_slots(flights, steps, 1, stages)) == stages * (steps - 1) * (stages - flights)
+
+
+@given(counts, counts, st.integers(1, 2), st.integers(1, 5))
+def test_independent_steps_leave_no_bubble(flights: int, steps: int, branches: int, stages: int) -> None:
+    assert idle(plan_slots(flights, steps, branches, stages, chained=False)) == 0
+
+
+class Toy:
+    """Each (stage, chunk) applies its own affine map, each step adds its branches: any wrong order changes the end."""
+
+    def __init__(self, rank: int, stages: int, chunks: int, branches: int, steps: int, chained: bool) -> None:
+        self.rank, self.stages, self.chunks, self.branches = rank, stages, chunks, branches
+        self.steps, self.chained = steps, chained
+        self.state: dict[int, torch.Tensor] = {}
+        self.sums: dict[tuple[int, int], torch.Tensor] = {}
+
+    def start(self, flight: int) -> torch.Tensor:
+        return torch.linspace(0.1, 1.0, 3 + flight, dtype=torch.float64)
+
+    def forward(self, task: Task, packed: torch.Tensor | None) -> torch.Tensor:
+        if packed is None:
+            assert self.rank == 0 and task.chunk == 0
+            x = self.state.get(task.flight, self.start(task.flight)) if self.chained else self.start(task.flight)
+            packed = torch.cat([x, torch.full((task.branch,), 0.5, dtype=torch.float64)]) + 0.1 * task.step
+        place = task.chunk * self.stages + self.rank
+        out = torch.sin(packed * (1.1 + place) + 0.3 * task.branch)
+        if self.rank == self.stages - 1 and task.chunk == self.chunks - 1:
+            key = task.flight, task.step
+            part = out[: 3 + task.flight]
+            self.sums[key] = self.sums[key] * 2 + part if key in self.sums else part
+            if task.branch == self.branches - 1:
+                self.state[task.flight] = self.sums[key]
+        return out
+
+    def packed_like(self, task: Task) -> torch.Tensor:
+        return torch.empty(3 + task.flight + task.branch, dtype=torch.float64)
+
+    def result(self, task: Task) -> torch.Tensor | None:
+        goes_on = self.chained and task.branch == self.branches - 1 and task.step + 1 < self.steps
+        return self.state[task.flight] if goes_on else None
+
+    def result_like(self, task: Task) -> torch.Tensor | None:
+        goes_on = self.chained and task.branch == self.branches - 1 and task.step + 1 < self.steps
+        return torch.empty(3 + task.flight, dtype=torch.float64) if goes_on else None
+
+    def receive(self, task: Task, result: torch.Tensor) -> None:
+        self.state[task.flight] = result
+
+
+def run_toy(flights: int, steps: int, branches: int, chunks: int, chained: bool) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    from megatron_sage.parallel.pipeline import bubble_fraction
+
+    group = dist.group.WORLD
+    work = Toy(group.rank(), group.size(), chunks, branches, steps, chained)
+    plan = plan_slots(flights, steps, branches, group.size(), chunks, chained)
+    occupancy = execute(plan, work, group, chunks)
+    entries = [(slot, tuple(task)) for slot, task, *_ in occupancy.entries]
+    return {
+        "sums": {key: value.numpy() for key, value in work.sums.items()},
+        "entries": entries,
+        "bubble": bubble_fraction(occupancy, group),
+    }
+
+
+def plain_loop(flights: int, steps: int, branches: int, virtual: int, chained: bool) -> dict[tuple[int, int], Any]:
+    """One process: every virtual stage one after the other."""
+    found = {}
+    for flight in range(flights):
+        x = torch.linspace(0.1, 1.0, 3 + flight, dtype=torch.float64)
+        for step in range(steps):
+            total = None
+            for branch in range(branches):
+                y = torch.cat([x, torch.full((branch,), 0.5, dtype=torch.float64)]) + 0.1 * step
+                for place in range(virtual):
+                    y = torch.sin(y * (1.1 + place) + 0.3 * branch)
+                part = y[: 3 + flight]
+                total = part if total is None else total * 2 + part
+            found[flight, step] = total.numpy()
+            x = total if chained else x
+    return found
+
+
+@pytest.mark.parametrize("chained", [True, False], ids=["rollout", "reference pass"])
+@pytest.mark.parametrize(
+    ("ranks", "flights", "branches", "chunks"),
+    [(1, 3, 2, 1), (2, 2, 1, 1), (2, 3, 2, 1), (4, 4, 1, 1), (4, 5, 2, 1), (4, 2, 2, 1), (2, 4, 1, 2), (4, 4, 2, 2)],
+)
+def test_ranks_compute_what_one_process_does_and_stay_busy(
+    ranks: int, flights: int, branches: int, chunks: int, chained: bool
+) -> None:
+    steps = 20
+    found = run_on_ranks(
+        ranks,
+        "tests.parallel.test_pipeline:run_toy",
+        flights=flights,
+        steps=steps,
+        branches=branches,
+        chunks=chunks,
+        chained=chained,
+    )
+    expected = plain_loop(flights, steps, branches, ranks * chunks, chained)
+    assert found[-1]["sums"].keys() == expected.keys()
+    for key, value in expected.items():
+        assert np.array_equal(found[-1]["sums"][key], value), key
+    when = {(stage, Task(*task)): slot for stage, rank in enumerate(found) for slot, task in rank["entries"]}
+    assert len(when) == ranks * flights * steps * branches * chunks
+    assert_causal(when, ranks, chunks, branches, chained)
+    busy = [len({slot for slot, _ in rank["entries"]}) for rank in found]
+    span = [rank["entries"][-1][0] - rank["entries"][0][0] + 1 for rank in found]
+    counted = 1 - sum(busy) / sum(span)
+    assert all(rank["bubble"] == pytest.approx(counted) for rank in found)
+    assert counted < 0.02 or (chained and flights < ranks)
+
+
+def real_rollout(arguments: list[str], processes: int, offload: bool) -> dict[str, Any]:
+    """A rollout of the random tiny world; what this rank holds of it."""
+    from megatron_sage.config import load_config, validate
+    from megatron_sage.data.prompts import read_prompts
+    from megatron_sage.engine import build_engine, encode_prompts, initialize_groups, step_table
+    from megatron_sage.parallel import noise
+    from megatron_sage.parallel.pipeline import bubble_fraction
+    from megatron_sage.rollout.sampler import Flight, final_latents, reference_velocities, rollout, sample_latents
+
+    config = load_config(None, arguments)
+    validate(config, processes)
+    groups = initialize_groups(config)
+    engine = build_engine(config, groups)
+    texts = read_prompts(config.data.prompts)
+    prompts = encode_prompts(config, engine, texts)
+    table, _ = step_table("sage_grpo", config.sampler.num_steps, config.sampler.shift, config.sampler.eta)
+    flights = [Flight(number, [0], prompts[texts[number % 3]]) for number in range(4)]
+    network = engine.network()
+    options = {"seed": 3, "token_group": engine.token_group, "keep_velocity": True, "offload": offload}
+    trajectories, occupancy = rollout(network, table, flights, **options)
+    reference_velocities(network, table, trajectories)
+    ode, _ = step_table("ode", config.sampler.num_steps, config.sampler.shift, 0.0)
+    sampled = sample_latents(network, ode, flights, seed=3, stream=noise.SAMPLE)
+    return {
+        "latents": [len(t.latents_SBC) for t in trajectories],
+        "velocities": [len(t.velocity_SBC) for t in trajectories],
+        "references": [len(t.reference_SBC) for t in trajectories],
+        "same": all(
+            torch.allclose(t.velocity_SBC[i], t.reference_SBC[i], atol=1e-6)
+            for t in trajectories
+            for i in t.velocity_SBC
+        ),
+        "log_prob": [[float(t.log_prob_B[i]) for i in table.trained_steps] for t in trajectories],
+        "final": [final_latents(network, table, t).numpy() for t in trajectories],
+        "sampled": [x_SBC.numpy() for x_SBC in sampled],
+        "bubble": bubble_fraction(occupancy, groups.pp),
+        "steps": len(table.std),
+    }
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    run_on_ranks(1, "tests.training.world:build", root=folder, num_layers=5)
+    return folder
+
+
+def rolled(root: Path, ranks: int, offload: bool = False, **changes: Any) -> list[dict[str, Any]]:
+    from tests.training import world
+
+    settings = {"sampler.micro_batch": 1, "sampler.num_steps": 20, "parallel.pipeline": ranks} | changes
+    arguments = world.overrides(world.settings(root, f"pipeline_{ranks}", **settings))
+    function = "tests.parallel.test_pipeline:real_rollout"
+    return run_on_ranks(ranks, function, arguments=arguments, processes=ranks, offload=offload, timeout=300)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rollout_keeps_the_stages_busy_and_its_parts_where_they_are_needed(root: Path, ranks: int) -> None:
+    (single,) = rolled(root, 1)
+    stages = rolled(root, ranks, offload=True)
+    assert single["bubble"] == 0 and all(stage["bubble"] < 0.02 for stage in stages)
+    inputs, whole, none = [single["steps"]] * 4, [single["steps"] + 1] * 4, [0] * 4
+    assert [stage["latents"] for stage in stages] == [inputs, *[none] * (ranks - 2), whole]
+    assert stages[-1]["velocities"] == stages[-1]["references"] == single["references"] and single["same"]
+    assert all(stage["velocities"] == stage["references"] == none for stage in stages[:-1])
+    for stage in stages:
+        assert stage["log_prob"] == stages[-1]["log_prob"]
+        np.testing.assert_allclose(stage["log_prob"], single["log_prob"], rtol=1e-6)
+        for key in ("final", "sampled"):
+            for mine, last, theirs in zip(stage[key], stages[-1][key], single[key], strict=True):
+                assert np.array_equal(mine, last)
+                np.testing.assert_allclose(mine, theirs, atol=1e-5)
