@@ -32,15 +32,11 @@ def settings(root: Path, name: str, **changes: Any) -> dict[str, Any]:
     return world.settings(root, name, **(base | changes))
 
 
-def job(arguments: list[str], processes: int) -> dict[str, Any] | None:
-    """Train; on rank 0: initial latents, log-probabilities, metrics, first gradients, change of the weights."""
-    import torch.distributed as dist
-
-    from megatron_sage.checkpoint.distributed import gather_named
+def prepare(arguments: list[str], processes: int, kind: Any = None) -> Any:
+    """A Trainer (or a subclass) with everything around it, on this rank."""
     from megatron_sage.config import load_config, validate
     from megatron_sage.data.prompts import read_prompts
     from megatron_sage.engine import build_engine, encode_prompts, initialize_groups, load_codec
-    from megatron_sage.parallel.sequence import gather
     from megatron_sage.reporting.progress import Reporter
     from megatron_sage.rewards.protocol import load_reward
     from megatron_sage.training.optimizer import build_optimizer, wrap
@@ -49,12 +45,23 @@ def job(arguments: list[str], processes: int) -> dict[str, Any] | None:
     config = load_config(None, arguments)
     validate(config, processes)
     torch.set_num_threads(1)
-    groups = initialize_groups(config)
-    engine = build_engine(config, groups)
-    ddp = wrap(engine.chunks, groups)
+    engine = build_engine(config, initialize_groups(config))
+    ddp = wrap(engine.chunks, engine.groups)
     optimizer = build_optimizer(config, ddp, engine.dtype)
     texts = read_prompts(config.data.prompts)
     prompts = encode_prompts(config, engine, texts)
+    codec, reward = load_codec(config), load_reward(config.reward.function)
+    return (kind or Trainer)(engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, Reporter(False))
+
+
+def job(arguments: list[str], processes: int) -> dict[str, Any] | None:
+    """Train; on rank 0: initial latents, log-probabilities, metrics, first gradients, change of the weights."""
+    import torch.distributed as dist
+
+    from megatron_sage.checkpoint.distributed import gather_named
+    from megatron_sage.parallel.sequence import gather
+    from megatron_sage.training.trainer import Trainer
+
     found: dict[str, Any] = {"latents": {}, "log_prob": {}, "kept": {}}
 
     class Recorder(Trainer):
@@ -62,11 +69,12 @@ def job(arguments: list[str], processes: int) -> dict[str, Any] | None:
 
         def _roll_out(self) -> Any:
             trajectories, row = super()._roll_out()
+            engine = self.engine
             for trajectory in trajectories if self.iteration == 0 else []:
                 logp = torch.stack([trajectory.log_prob_B[i] for i in self.table.trained_steps])
                 for column, sample in enumerate(trajectory.samples):
                     found["log_prob"][trajectory.group, sample] = logp[:, column].numpy()
-                if groups.is_first_stage:
+                if engine.groups.is_first_stage:
                     whole = gather(trajectory.latents_SBC[0], engine.shape.shard, engine.token_group)
                     for column, sample in enumerate(trajectory.samples):
                         found["latents"][trajectory.group, sample] = whole[:, column].numpy()
@@ -75,14 +83,14 @@ def job(arguments: list[str], processes: int) -> dict[str, Any] | None:
 
         def _step(self, statistics: Any) -> list[float]:
             if self.optimizer_steps == 0:
-                found["gradients"] = whole(engine.chunks, "grad")
+                found["gradients"] = whole(self.engine.chunks, "grad")
             return super()._step(statistics)
 
     def whole(chunks: Any, which: Any) -> dict[str, np.ndarray]:
         return {name: value.numpy().copy() for name, value in gather_named(chunks, which) if value is not None}
 
-    codec, reward = load_codec(config), load_reward(config.reward.function)
-    trainer = Recorder(engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, Reporter(False))
+    trainer = prepare(arguments, processes, Recorder)
+    engine, config = trainer.engine, trainer.engine.config
     before = whole(engine.chunks, "param")
     found["rows"] = [trainer.run_iteration()[0] for _ in range(config.training.iterations)]
     after = whole(engine.chunks, "param")
@@ -96,4 +104,4 @@ def job(arguments: list[str], processes: int) -> dict[str, Any] | None:
             for place, value in other[key].items():
                 # every rank that has it has the same bits
                 assert np.array_equal(found[key].setdefault(place, value), value), (key, place, rank)
-    return found if groups.rank == 0 else None
+    return found if engine.groups.rank == 0 else None

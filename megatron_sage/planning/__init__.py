@@ -1,0 +1,1 @@
+"""What a layout costs, as formulas: nothing here needs a process group or a GPU."""

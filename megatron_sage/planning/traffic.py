@@ -1,0 +1,181 @@
+"""Bytes of every collective of training, as formulas (docs/traffic.md); tests count the same on running ranks.
+
+Payloads as `parallel.traffic` defines them, of one rank, by (operation, group).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from megatron_sage.checkpoint.keymap import KeyMap
+from megatron_sage.model.config import HunyuanVideoConfig
+from megatron_sage.model.stages import TIME_EMBEDDER, owner
+from megatron_sage.parallel.context import ULYSSES
+from megatron_sage.parallel.sequence import TokenShard
+
+Traffic = Counter[tuple[str, str]]
+MASTER = 4  # bytes of a gradient element: DDP reduces in float32
+SCALAR = 8  # of a loss term: float64
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's pipeline stage and what it works on."""
+
+    config: HunyuanVideoConfig
+    stage: int
+    video_tokens: int
+    batch: int
+    data: int = 1
+
+    @property
+    def split(self) -> int:
+        """Ranks of a TP group that split the tokens."""
+        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation element."""
+        return self.config.params_dtype.itemsize
+
+    @property
+    def context_tokens(self) -> int:
+        """Video tokens of a CP rank, padding included: what a TP group gathers."""
+        return TokenShard(self.video_tokens, self.config.context_parallel_size, 0, self.split).local
+
+    def text_tokens(self, text: int) -> int:
+        """Text tokens of a TP group, padding included."""
+        return TokenShard(text, self.split, 0).padded
+
+    def packed_tokens(self, text: int) -> int:
+        """Tokens of this rank that cross a stage boundary for one branch."""
+        return (self.context_tokens + self.text_tokens(text)) // self.split
+
+
+def micro_batch(
+    place: Place, texts: Sequence[int], longest: int | None = None, loss_terms: int = 1, recompute: bool | None = None
+) -> Traffic:
+    """Forward and backward of one (micro-batch, step) pair.
+
+    Args:
+        texts: text tokens of each branch: one without guidance, conditional and unconditional with it.
+        longest: tokens of the packed tensor, the schedule's fixed size; None: this micro-batch's own.
+        loss_terms: sums over tokens that the loss takes: 1, 2 with a position KL, 3 with a closed-form step KL too.
+        recompute: full recompute; None: as configured.
+    """
+    config, total = place.config, Traffic()
+    stages = config.stage_blocks
+    again = config.recompute_granularity == "full" if recompute is None else recompute
+    chunks = stages[place.stage]
+    for text in texts:
+        for chunk in chunks:
+            for index in chunk:
+                last = index == config.num_layers - 1
+                forward, backward = _block(place, text, last)
+                total += forward + backward + (forward if again else Traffic())
+        total += _ends(place, text)
+    packed = longest if longest is not None else sum(place.packed_tokens(text) for text in texts)
+    crossing = packed * place.batch * config.hidden_size * place.element
+    boundaries = len(stages) * len(chunks) - 1
+    # overlapping sends and receives of two ranks need two communicators: Megatron's second rank sends on the world
+    group = "world" if len(stages) == 2 and len(chunks) > 1 and place.stage == 1 else "pp"
+    for number in range(len(chunks)):
+        virtual = number * len(stages) + place.stage
+        total["send", group] += crossing * ((virtual < boundaries) + (virtual > 0))
+    if place.stage == len(stages) - 1:
+        token_group = "tp_cp" if place.split > 1 else "cp"
+        if place.split * config.context_parallel_size > 1:
+            total["all_reduce", token_group] += loss_terms * SCALAR * place.batch
+    return _counted(total)
+
+
+def update(place: Place, pairs: int) -> Traffic:
+    """What an optimizer step adds, whatever the number of its pairs is, but for a row of statistics each."""
+    config, total = place.config, Traffic()
+    keymap, stages = KeyMap.from_config(config.to_diffusers()), config.stage_blocks
+    tensor, replicas = config.tensor_model_parallel_size, place.data * config.context_parallel_size
+    for binding in keymap.bindings:
+        name = binding.ours[0]
+        copies = len(stages[0]) if name.startswith(TIME_EMBEDDER) else int(owner(name, stages) == place.stage)
+        if copies == 0 or _frozen(name, config.num_layers):
+            continue
+        elements = len(binding.ours) * prod(binding.shape_in("ours"))
+        size = MASTER * elements // (tensor if binding.split_dim is not None else 1)
+        if replicas > 1:
+            total["all_reduce", "dp_cp"] += copies * size
+        if name.startswith(TIME_EMBEDDER) and len(stages) > 1:
+            total["all_reduce", "pp"] += size
+        if tensor > 1 and _partial(name, config.sequence_parallel):
+            total["all_reduce", "tp"] += size
+    if replicas > 1:
+        total["all_reduce", "dp_cp"] += 4  # the number of pairs, int32
+    if len(stages) > 1:
+        total["broadcast", "pp"] += 4 + pairs * 9 * SCALAR
+    return _counted(total)
+
+
+def _frozen(name: str, num_layers: int) -> bool:
+    """The last block's text parameters that nothing reads."""
+    unused = ("ff_context.", "attn.txt_proj.", "attn.txt_q_layernorm.")
+    return name.startswith(tuple(f"transformer_blocks.{num_layers - 1}.{part}" for part in unused))
+
+
+def _partial(name: str, sequence_parallel: bool) -> bool:
+    """Replicated over TP, with a gradient of this rank's heads (always) or tokens (sequence parallelism)."""
+    if "q_layernorm" in name or "k_layernorm" in name:
+        return True
+    row_bias = name.endswith(("_proj.bias", "linear_fc2.bias")) and name.startswith("transformer_blocks")
+    return sequence_parallel and (name.startswith(("x_embedder.", "proj_out.")) or row_bias)
+
+
+def _block(place: Place, text: int, last: bool) -> tuple[Traffic, Traffic]:
+    """(forward, backward) of one block and branch."""
+    config, forward, backward = place.config, Traffic(), Traffic()
+    row = place.batch * config.hidden_size * place.element  # one token of the micro-batch
+    video, words = place.context_tokens * row, place.text_tokens(text) * row
+    # what column-parallel layers take in (qkv, fc1) and row-parallel ones give out (proj, fc2)
+    columns = 2 * video + (words if last else 2 * words)
+    rows = 2 * video + (0 if last else 2 * words)
+    modulation = 2 * 6 * row
+    forward["all_gather", "tp"] += modulation
+    backward["all_reduce", "tp"] += 2 * row  # of SiLU(temb), which both modulations read
+    if config.sequence_parallel:
+        forward["all_gather", "tp"] += columns
+        forward["reduce_scatter", "tp"] += rows
+        backward["all_gather", "tp"] += columns + rows  # inputs once more for the weights' gradients
+        backward["reduce_scatter", "tp"] += columns + modulation
+    else:
+        forward["all_reduce", "tp"] += rows
+        backward["all_reduce", "tp"] += columns
+    if config.context_parallel_size > 1:
+        heads = row // config.tensor_model_parallel_size
+        if config.context_backend == ULYSSES:
+            both = 3 * place.context_tokens * heads + (place.context_tokens + (0 if last else text)) * heads
+            forward["all_to_all", "cp"] += both
+            backward["all_to_all", "cp"] += both
+        else:
+            gathered = 2 * config.context_parallel_size * place.context_tokens * heads
+            forward["all_gather", "cp"] += gathered
+            backward["all_gather", "cp"] += gathered  # not kept
+            backward["reduce_scatter", "cp"] += gathered
+    if config.tensor_model_parallel_size == 1:
+        for traffic in (forward, backward):
+            for key in [key for key in traffic if key[1] == "tp"]:
+                del traffic[key]
+    return forward, backward
+
+
+def _ends(place: Place, text: int) -> Traffic:
+    """Behind the embedders and in front of the final layer; backward alone."""
+    config, total = place.config, Traffic()
+    row = place.batch * config.hidden_size * place.element
+    if config.sequence_parallel and place.stage == 0:
+        total["all_gather", "tp"] += place.text_tokens(text) * row
+    if config.sequence_parallel and place.stage == len(config.stage_blocks) - 1:
+        total["all_reduce", "tp"] += 2 * row  # scale and shift of the final norm
+    return total
+
+
+def _counted(traffic: Traffic) -> Traffic:
+    return Counter({key: value for key, value in traffic.items() if value})
