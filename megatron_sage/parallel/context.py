@@ -71,6 +71,8 @@ class UlyssesAttention(torch.nn.Module):
         mine = slice(rank * whole.shape[2], (rank + 1) * whole.shape[2])
         text_q = None if text.q is None else text.q[:, :, mine]
         q, k, v = whole.unbind(-2)
+        if text_q is None:
+            q = q.contiguous()  # joined with nothing, it would keep all of `whole` for the backward pass
         ours = Heads(text_q, text.k[:, :, mine], text.v[:, :, mine])
         out = attend(_joint_queries(q, text_q), *_joint_keys(Heads(q, k, v), ours))
         video_out, text_out = _split(out, shard.num_tokens, text)
@@ -98,11 +100,12 @@ class AllGatherAttention(torch.nn.Module):
         assert video.q is not None
         local = pad_tokens(torch.stack([video.k, video.v]), shard.local, dim=1)  # [2, S_local, B, N, D]
         text_kv = torch.stack([text.k, text.v])
-        again = _GatherAgain(local.detach(), text_kv.detach(), shard, self.group)
+        again = _GatherAgain(shard, self.group)
         joint = _GatherTokens.apply(local, text_kv, again)  # [2, S + L, B, N, D]
         with again.instead_of(joint):
             out = attend(_joint_queries(video.q, text.q), joint[0], joint[1])
-        return _split(_BeforeBackward.apply(out, again), shard.valid, text)
+        out = _BeforeBackward.apply(out, local.detach(), text_kv.detach(), again)
+        return _split(out, shard.valid, text)
 
 
 def attend(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBND: torch.Tensor) -> torch.Tensor:
@@ -146,17 +149,17 @@ class _GatherAgain:
     output's gradient, which every rank gets.
     """
 
-    def __init__(self, local: torch.Tensor, text: torch.Tensor, shard: TokenShard, group: dist.ProcessGroup) -> None:
-        self.local, self.text, self.shard, self.group = local, text, shard, group
+    def __init__(self, shard: TokenShard, group: dist.ProcessGroup) -> None:
+        self.shard, self.group = shard, group
         self.joint: torch.Tensor | None = None
 
-    def gather(self) -> torch.Tensor:
+    def gather(self, local: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """[2, S_local, ...] of every rank, padding cut off, followed by the text's [2, L, ...]: [2, S + L, ...]."""
-        parts, local = self.shard.parts, self.local
+        parts = self.shard.parts
         pieces = local.new_empty(parts * 2, *local.shape[1:])  # gloo wants them end to end, not stacked
         dist.all_gather_into_tensor(pieces, local.contiguous(), group=self.group)
         video = pieces.unflatten(0, (parts, 2)).movedim(0, 1).flatten(1, 2)[:, : self.shard.num_tokens]
-        return torch.cat([video, self.text], dim=1)
+        return torch.cat([video, text], dim=1)
 
     def instead_of(self, joint: torch.Tensor) -> torch.autograd.graph.saved_tensors_hooks:
         """Inside: what autograd would keep of `joint` is a place in it."""
@@ -176,14 +179,17 @@ class _GatherAgain:
 
 class _BeforeBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, again: _GatherAgain) -> torch.Tensor:
+    def forward(
+        ctx: Any, out: torch.Tensor, local: torch.Tensor, text: torch.Tensor, again: _GatherAgain
+    ) -> torch.Tensor:
         ctx.again = again
+        ctx.save_for_backward(local, text)
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.again.joint = ctx.again.gather()
-        return grad_outputs[0], None
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        ctx.again.joint = ctx.again.gather(*ctx.saved_tensors)
+        return grad_outputs[0], None, None, None
 
 
 class _GatherTokens(torch.autograd.Function):
@@ -192,7 +198,7 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, text: torch.Tensor, again: _GatherAgain) -> torch.Tensor:
         ctx.again = again
-        return again.gather()
+        return again.gather(local, text)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
