@@ -21,6 +21,7 @@ class RunRecord:
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)  # of the last rollout's pipeline
     notes: tuple[str, ...] = ()  # what the reader of the page should know about the files
 
     def column(self, key: str) -> list[float]:
@@ -63,6 +64,7 @@ def load_record(directory: str | Path) -> RunRecord:
         config=config if isinstance(config, dict) else {},
         environment=_read_object(directory / "environment.json"),
         evaluation=_checked_evaluation(directory / "evaluation.json"),
+        schedule=_checked_schedule(directory / "pipeline_schedule.json"),
         notes=tuple(notes),
     )
 
@@ -101,6 +103,18 @@ def _checked_evaluation(path: Path) -> dict[str, Any]:
         if not isinstance(samples, list) or not all(isinstance(sample, dict) for sample in samples):
             raise UserError(f"{path}: {label!r} should be an object with a list of samples; evaluate the run anew")
     return evaluation
+
+
+def _checked_schedule(path: Path) -> dict[str, Any]:
+    schedule = _read_object(path)
+    tasks = schedule.get("tasks", [])
+    sound = isinstance(tasks, list) and all(
+        isinstance(task, list) and len(task) == 6 and all(type(number) is int and number >= 0 for number in task)
+        for task in tasks
+    )
+    if not sound or (tasks and not isinstance(schedule.get("stages"), int)):
+        raise UserError(f"{path}: expected stages and tasks of six numbers each; delete it to leave the figure out")
+    return schedule
 
 
 def _read_object(path: Path) -> dict[str, Any]:

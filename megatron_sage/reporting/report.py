@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_sage.reporting import sections
 from megatron_sage.reporting.record import RunRecord, load_record
+from megatron_sage.reporting.schedule import schedule_section
 from megatron_sage.reporting.style import CSS
 
 FILE = "report.html"
@@ -44,6 +45,7 @@ def page(run: RunRecord) -> str:
 {sections.headline(run)}
 {sections.gallery(run)}
 {sections.curves(run)}
+{schedule_section(run.schedule)}
 {sections.facts(run)}
 <footer class="soft">Written {written} from the files of this run directory.</footer>
 </main></body></html>

@@ -40,6 +40,8 @@ def summary(run: RunRecord) -> str:
         ("sampler.guidance_scale", "guidance {}"),
         ("optimizer.lr", "learning rate {}"),
         ("parallel.tensor", "TP={}"),
+        ("parallel.context", "CP={}"),
+        ("parallel.pipeline", "PP={}"),
         ("precision.dtype", "{}"),
     ):
         value = get(key)

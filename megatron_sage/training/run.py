@@ -17,6 +17,7 @@ from megatron_sage.parallel import groups as process_groups
 from megatron_sage.parallel.context import choose_backend
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.reporting.report import write_report
+from megatron_sage.reporting.schedule import write_schedule
 from megatron_sage.rewards.protocol import load_reward
 from megatron_sage.training import state
 from megatron_sage.training.evaluation import evaluate
@@ -57,6 +58,8 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
     if validation and trainer.iteration == 0:
         evaluate("before", engine, validation, codec, reward, reporter)
     _iterate(config, trainer, log, reporter)
+    if groups.pp_size > 1:
+        write_schedule(trainer.schedule, groups.pp, directory)
     if validation:
         evaluate("after", engine, validation, codec, reward, reporter)
     export = directory / "export" / "transformer"
