@@ -25,6 +25,7 @@ def settings(root: Path, name: str, **changes: Any) -> dict[str, Any]:
         "kl.anchor_interval": 1,
         "reward.function": "tests.training.world:SteadyReward",
         "kl.schedule": "fixed",
+        "optimizer.grad_clip": 0.01,  # below the norm: clipping is at work
         # Adam divides by the root of the second moment: without a floor above the rounding of the smallest gradients
         # it turns their noise into steps of full size, in the single process as on any layout
         "optimizer.eps": 1e-5,
@@ -62,7 +63,7 @@ def job(arguments: list[str], processes: int) -> dict[str, Any] | None:
     from megatron_sage.parallel.sequence import gather
     from megatron_sage.training.trainer import Trainer
 
-    found: dict[str, Any] = {"latents": {}, "log_prob": {}, "kept": {}}
+    found: dict[str, Any] = {"latents": {}, "log_prob": {}, "decoded": 0}
 
     class Recorder(Trainer):
         """Writes down what an iteration computes."""
@@ -78,7 +79,6 @@ def job(arguments: list[str], processes: int) -> dict[str, Any] | None:
                     whole = gather(trajectory.latents_SBC[0], engine.shape.shard, engine.token_group)
                     for column, sample in enumerate(trajectory.samples):
                         found["latents"][trajectory.group, sample] = whole[:, column].numpy()
-                found["kept"] = {step: trajectory.latents_SBC[step].shape for step in trajectory.latents_SBC}
             return trajectories, row
 
         def _step(self, statistics: Any) -> list[float]:
@@ -91,13 +91,21 @@ def job(arguments: list[str], processes: int) -> dict[str, Any] | None:
 
     trainer = prepare(arguments, processes, Recorder)
     engine, config = trainer.engine, trainer.engine.config
+    decode = trainer.codec.decode
+
+    def counted(latents: torch.Tensor) -> Any:
+        found["decoded"] += 1
+        return decode(latents)
+
+    trainer.codec.decode = counted
     before = whole(engine.chunks, "param")
     found["rows"] = [trainer.run_iteration()[0] for _ in range(config.training.iterations)]
     after = whole(engine.chunks, "param")
     found["change"] = {name: after[name] - before[name] for name in after}
     found["parameters"] = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, {key: found[key] for key in ("latents", "log_prob")}, group=dist.group.WORLD)
+    dist.all_gather_object(every, {key: found[key] for key in ("latents", "log_prob", "decoded")}, group=dist.group.WORLD)
+    found["decoded"] = [other["decoded"] for other in every]
     for key in ("latents", "log_prob"):
         found[key] = {}
         for rank, other in enumerate(every):

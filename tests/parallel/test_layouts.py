@@ -128,3 +128,6 @@ def test_the_run_of_the_single_process(
     name = f"{guidance}_{'_'.join(map(str, sizes))}"
     found = run(root, name, int(np.prod(sizes)), GUIDANCE[guidance], **layout(*sizes))
     assert_same_run(found, single[guidance])
+    # 8 videos an iteration, each decoded and scored once, by all ranks alike
+    share = 3 * 8 // len(found["decoded"])
+    assert found["decoded"] == [share] * len(found["decoded"]) and found["rows"][0]["grad_norm"] > 0.01
