@@ -14,6 +14,7 @@ from megatron_sage.conditioning.cache import EmbeddingCache
 from megatron_sage.conditioning.codec import VideoCodec
 from megatron_sage.conditioning.words import WordEncoder
 from megatron_sage.config import Config
+from megatron_sage.config.layout import chunks_of_stage
 from megatron_sage.grpo.schedule import shifted_sigmas
 from megatron_sage.grpo.sde import StepCoefficients, step_coefficients
 from megatron_sage.model.config import HunyuanVideoConfig
@@ -69,7 +70,7 @@ def initialize_groups(config: Config) -> Groups:
         layout.context,
         layout.pipeline,
         config.seed,
-        virtual_pipeline=layout.virtual_pipeline,
+        virtual_pipeline=chunks_of_stage(layout),
         hierarchical_context=layout.hierarchical_context,
     )
 
