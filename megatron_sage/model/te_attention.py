@@ -42,7 +42,7 @@ def text_slices(shard: TokenShard, text_tokens: int) -> list[tuple[int, int]]:
     """
     ranks, total = shard.parts, shard.num_tokens + text_tokens
     cure = "parallel.context_backend=ulysses or allgather takes any number"
-    if total % (2 * ranks):
+    if ranks > 1 and total % (2 * ranks):
         raise UserError(
             f"parallel.context_backend: {shard.num_tokens} video + {text_tokens} text tokens = {total} cannot be "
             f"divided over 2·context = {2 * ranks}; {cure}"

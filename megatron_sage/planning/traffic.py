@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_sage.checkpoint.keymap import KeyMap
+from megatron_sage.errors import UserError
 from megatron_sage.model.config import HunyuanVideoConfig
 from megatron_sage.model.stages import TIME_EMBEDDER, owner
-from megatron_sage.parallel.context import ULYSSES
+from megatron_sage.parallel.context import ALLGATHER, ULYSSES
 from megatron_sage.parallel.sequence import TokenShard
 
 Traffic = Counter[tuple[str, str]]
@@ -53,27 +54,29 @@ class Place:
         return (self.context_tokens + self.text_tokens(text)) // self.split
 
 
-def micro_batch(
-    place: Place, texts: Sequence[int], longest: int | None = None, loss_terms: int = 1, recompute: bool | None = None
-) -> Traffic:
+def micro_batch(place: Place, texts: Sequence[int], longest: int | None = None, loss_terms: int = 1) -> Traffic:
     """Forward and backward of one (micro-batch, step) pair.
 
     Args:
         texts: text tokens of each branch: one without guidance, conditional and unconditional with it.
         longest: tokens of the packed tensor, the schedule's fixed size; None: this micro-batch's own.
         loss_terms: sums over tokens that the loss takes: 1, 2 with a position KL, 3 with a closed-form step KL too.
-        recompute: full recompute; None: as configured.
+
+    Raises UserError for Transformer Engine's attention, whose traffic is not ours to know.
     """
     config, total = place.config, Traffic()
     stages = config.stage_blocks
-    again = config.recompute_granularity == "full" if recompute is None else recompute
+    if config.context_parallel_size > 1 and config.context_backend not in (ULYSSES, ALLGATHER):
+        raise UserError(
+            f"parallel.context_backend={config.context_backend}: its traffic is unknown; choose ulysses or allgather"
+        )
     chunks = stages[place.stage]
     for text in texts:
         for chunk in chunks:
             for index in chunk:
                 last = index == config.num_layers - 1
                 forward, backward = _block(place, text, last)
-                total += forward + backward + (forward if again else Traffic())
+                total += forward + backward + _again(place, text, last, forward)
         total += _ends(place, text)
     packed = longest if longest is not None else sum(place.packed_tokens(text) for text in texts)
     crossing = packed * place.batch * config.hidden_size * place.element
@@ -164,6 +167,25 @@ def _block(place: Place, text: int, last: bool) -> tuple[Traffic, Traffic]:
             for key in [key for key in traffic if key[1] == "tp"]:
                 del traffic[key]
     return forward, backward
+
+
+def _again(place: Place, text: int, last: bool, forward: Traffic) -> Traffic:
+    """What recomputation repeats of the forward pass."""
+    config, total = place.config, Traffic()
+    if config.recompute_granularity == "full":
+        return forward
+    modules = config.recompute_modules or () if config.recompute_granularity == "selective" else ()
+    if "core_attn" in modules:
+        total += Counter({key: value for key, value in forward.items() if key[1] == "cp"})
+    if "mlp" in modules and config.tensor_model_parallel_size > 1:
+        row = place.batch * config.hidden_size * place.element
+        tokens = (place.context_tokens + (0 if last else place.text_tokens(text))) * row
+        if config.sequence_parallel:
+            total["all_gather", "tp"] += tokens
+            total["reduce_scatter", "tp"] += tokens
+        else:
+            total["all_reduce", "tp"] += tokens
+    return total
 
 
 def _ends(place: Place, text: int) -> Traffic:

@@ -15,7 +15,12 @@ CELL, ROW, LEFT, TOP = 12, 26, 64, 8
 
 
 def write_schedule(occupancy: Occupancy, group: dist.ProcessGroup, directory: Path) -> None:
-    """FILE in `directory`: every task of the pipeline that rank 0 is in. All ranks of all PP groups call."""
+    """FILE in `directory`: every task of the pipeline that rank 0 is in. All ranks of all PP groups call.
+
+    Without an entry (a finished run was resumed) a file that is there stays.
+    """
+    if not occupancy.entries:
+        return
     mine = [[slot, group.rank(), task.chunk, *task[:3]] for slot, task, *_ in occupancy.entries]
     every: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
     dist.gather_object(mine, every, group_dst=0, group=group)
@@ -61,7 +66,7 @@ def schedule_section(schedule: dict[str, Any]) -> str:
     bubble = 100 * float(schedule.get("bubble_fraction", 0.0))
     more = f"the first {shown} of {slots} slots" if shown < slots else f"all {slots} slots"
     return f"""<section class="card"><h2>The rollout's pipeline</h2>
-<div style="overflow-x:auto"><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"
+<div style="overflow-x:auto"><svg viewBox="0 0 {width} {height}" style="width:{width}px" role="img"
 aria-label="slots of the pipeline's stages">{"".join(rows)}</svg></div>
 <p class="soft">What each stage computed, {more} of the last rollout; one colour a micro-batch, the unconditional branch
 lighter. Idle between a stage's first and last task: {bubble:.1f} % of all slots.</p></section>"""

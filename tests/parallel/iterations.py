@@ -104,7 +104,9 @@ def job(arguments: list[str], processes: int) -> dict[str, Any] | None:
     found["change"] = {name: after[name] - before[name] for name in after}
     found["parameters"] = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, {key: found[key] for key in ("latents", "log_prob", "decoded")}, group=dist.group.WORLD)
+    dist.all_gather_object(
+        every, {key: found[key] for key in ("latents", "log_prob", "decoded")}, group=dist.group.WORLD
+    )
     found["decoded"] = [other["decoded"] for other in every]
     for key in ("latents", "log_prob"):
         found[key] = {}

@@ -154,7 +154,7 @@ def test_split_tokens_give_the_whole_attention(backend: str, ranks: int, last: b
             torch.testing.assert_close(got, leaf.grad, **close, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("backend", ["ulysses", "allgather"])
+@pytest.mark.parametrize("backend", ["ulysses", "allgather", "equal parts"])
 def test_no_tensor_of_all_pairs_of_tokens_exists(backend: str) -> None:
     sizes = (640, 40, 1, 4, 4)
     found = run_on_ranks(2, "tests.parallel.test_context:attention_on_rank", backend=backend, sizes=sizes, last=False)
@@ -195,7 +195,8 @@ def test_a_rank_with_more_video_than_an_equal_part_is_refused() -> None:
         text_slices(TokenShard(8 + 1 - 1, 4, 0, multiple=3), 0)
 
 
-def test_transformer_engine_is_asked_for_by_name_only_where_it_is() -> None:
+def test_transformer_engine_is_asked_for_by_name_only_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="parallel.context_backend=te_p2p: needs .*; choose ulysses"):
         from megatron_sage.model.te_attention import te_core
 

@@ -22,10 +22,7 @@ LAYOUTS = [
     (1, 2, 2, 1),
     (1, 2, 1, 2),
 ]
-NIGHTLY = [
-    pytest.param(sizes, marks=pytest.mark.nightly)
-    for sizes in [(2, 2, 2, 1), (1, 4, 1, 1), (4, 1, 1, 1), (1, 1, 4, 1), (2, 1, 1, 2), (1, 1, 2, 2), (2, 2, 1, 2)]
-]
+NIGHTLY = [(2, 2, 2, 1), (1, 4, 1, 1), (4, 1, 1, 1), (1, 1, 4, 1), (2, 1, 1, 2), (1, 1, 2, 2), (2, 2, 1, 2)]
 GUIDANCE = {"guided": 2.0, "unguided": 1.0}
 
 
@@ -120,8 +117,20 @@ def test_dropped_samples_are_counted_once(root: Path, patchy: dict[str, Any], si
     assert_same_run(found, patchy)
 
 
-@pytest.mark.parametrize("guidance", GUIDANCE)
-@pytest.mark.parametrize("sizes", [*LAYOUTS, *NIGHTLY], ids=lambda sizes: "-".join(map(str, sizes)))
+UNGUIDED = ((1, 2, 1, 1), (1, 1, 2, 1), (1, 2, 2, 1))  # in `make test`; the others' are nightly
+RUNS = [
+    pytest.param(
+        sizes,
+        guidance,
+        id=f"{'-'.join(map(str, sizes))}-{guidance}",
+        marks=[pytest.mark.nightly] if sizes in NIGHTLY or (guidance == "unguided" and sizes not in UNGUIDED) else [],
+    )
+    for sizes in LAYOUTS + NIGHTLY
+    for guidance in GUIDANCE
+]
+
+
+@pytest.mark.parametrize(("sizes", "guidance"), RUNS)
 def test_the_run_of_the_single_process(
     root: Path, single: dict[str, dict[str, Any]], sizes: tuple[int, int, int, int], guidance: str
 ) -> None:

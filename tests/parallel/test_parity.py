@@ -101,6 +101,14 @@ def test_pipeline_equals_diffusers(
     assert_parity(*ranks[0])
 
 
+def test_four_interleaved_stages_equal_diffusers() -> None:
+    case = Case(layers=9, grid=(1, 3, 5), qwen=(4, 2), byt5=(0, 1))
+    sizes = {"tensor": 1, "context": 1, "pipeline": 4, "virtual_pipeline": 2}
+    ranks = run_on_ranks(4, "tests.parallel.test_parity:measure_pipeline", case=case, path=reference(case), **sizes)
+    assert all(output <= OUTPUT_TOLERANCE for output, _ in ranks)
+    assert_parity(*ranks[0])
+
+
 @pytest.mark.parametrize("backend", ["ulysses", "allgather"])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_changes_nothing_under_context_parallelism(recompute: str, backend: str) -> None:

@@ -57,11 +57,14 @@ def test_no_bubble_with_as_many_flights_as_stages(stages: int, more: int, steps:
     assert idle(plan_slots(stages + more, steps, branches, stages)) == 0
 
 
-@given(st.integers(2, 8), st.data(), st.integers(2, 30))
-def test_the_bubble_of_too_few_flights(stages: int, data: Any, steps: int) -> None:
-    """Every round of fewer flights than stages waits for the last of them to come back."""
-    flights = data.draw(st.integers(1, stages - 1))
-    assert idle(plan_slots(flights, steps, 1, stages)) == stages * (steps - 1) * (stages - flights)
+def missing_slots(flights: int, steps: int, branches: int, stages: int) -> int:
+    """A flight's next round enters when its last branch is back, S + B - 1 slots after its first one entered."""
+    return stages * (steps - 1) * max(0, stages + branches - 1 - flights * branches)
+
+
+@given(st.integers(1, 10), st.integers(2, 20), st.integers(1, 3), st.integers(1, 8))
+def test_the_bubble_of_too_few_flights(flights: int, steps: int, branches: int, stages: int) -> None:
+    assert idle(plan_slots(flights, steps, branches, stages)) == missing_slots(flights, steps, branches, stages)
 
 
 @given(counts, counts, st.integers(1, 2), st.integers(1, 5))
@@ -175,7 +178,39 @@ def test_ranks_compute_what_one_process_does_and_stay_busy(
     span = [rank["entries"][-1][0] - rank["entries"][0][0] + 1 for rank in found]
     counted = 1 - sum(busy) / sum(span)
     assert all(rank["bubble"] == pytest.approx(counted) for rank in found)
+    if chained and chunks == 1:
+        assert sum(span) - sum(busy) == missing_slots(flights, steps, branches, ranks)
     assert counted < 0.02 or (chained and flights < ranks)
+
+
+def half_rollout(arguments: list[str], processes: int, folder: str) -> dict[str, Any]:
+    """A rollout that keeps bf16 latents, and the schedule's file."""
+    from megatron_sage.config import load_config, validate
+    from megatron_sage.data.prompts import read_prompts
+    from megatron_sage.engine import build_engine, encode_prompts, initialize_groups, step_table
+    from megatron_sage.reporting.schedule import write_schedule
+    from megatron_sage.rollout.sampler import Flight, rollout, transition_log_prob
+
+    config = load_config(None, arguments)
+    validate(config, processes)
+    engine = build_engine(config, initialize_groups(config))
+    prompt = encode_prompts(config, engine, read_prompts(config.data.prompts)[:1]).popitem()[1]
+    table, _ = step_table("sage_grpo", config.sampler.num_steps, config.sampler.shift, config.sampler.eta)
+    flights = [Flight(number, [0], prompt) for number in range(4)]
+    options = {"seed": 3, "token_group": engine.token_group, "keep_velocity": True, "dtype": torch.bfloat16}
+    trajectories, occupancy = rollout(engine.network(), table, flights, **options)
+    write_schedule(occupancy, engine.groups.pp, Path(folder))
+    found: dict[str, Any] = {"latents": [[t.latents_SBC[i].numpy() for i in t.latents_SBC] for t in trajectories]}
+    if engine.groups.is_last_stage:
+        found["again"], found["log_prob"] = [], []
+        for t in trajectories:
+            for i in table.trained_steps:
+                mean = table.a[i] * t.latents_SBC[i] + table.b[i] * t.velocity_SBC[i]
+                following = t.latents_SBC[i + 1]
+                again = transition_log_prob(following, mean, table.std[i], engine.shape, engine.token_group)
+                found["again"].append(float(again))
+                found["log_prob"].append(float(t.log_prob_B[i]))
+    return found
 
 
 def real_rollout(arguments: list[str], processes: int, offload: bool) -> dict[str, Any]:
@@ -250,3 +285,29 @@ def test_a_rollout_keeps_the_stages_busy_and_its_parts_where_they_are_needed(roo
             for mine, last, theirs in zip(stage[key], stages[-1][key], single[key], strict=True):
                 assert np.array_equal(mine, last)
                 np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_half_precision_latents_are_scored_as_they_are_kept(root: Path, tmp_path: Path) -> None:
+    import json
+
+    from tests.training import world
+
+    settings = {"sampler.micro_batch": 1, "sampler.num_steps": 5, "parallel.pipeline": 2}
+    arguments = world.overrides(world.settings(root, "half", **settings))
+    function = "tests.parallel.test_pipeline:half_rollout"
+    first, last = run_on_ranks(2, function, arguments=arguments, processes=2, folder=str(tmp_path))
+    for mine, theirs in zip(first["latents"], last["latents"], strict=True):
+        assert len(mine) == 5 and len(theirs) == 6
+        for a, b in zip(mine, theirs, strict=False):
+            assert np.array_equal(a, b)
+            assert torch.equal(torch.from_numpy(b).bfloat16().float(), torch.from_numpy(b))
+    np.testing.assert_allclose(last["again"], last["log_prob"], rtol=1e-6)
+    schedule = json.loads((tmp_path / "pipeline_schedule.json").read_text())
+    plan = plan_slots(4, 5, 2, 2)
+    expected = [
+        [slot, stage, task.chunk, task.flight, task.step, task.branch]
+        for slot, row in enumerate(plan)
+        for stage, task in enumerate(row)
+        if task is not None
+    ]
+    assert schedule["tasks"] == expected and schedule["stages"] == 2 and schedule["bubble_fraction"] == 0

@@ -41,7 +41,8 @@ def train_counted(arguments: list[str], processes: int, pairs: int) -> tuple[Cou
         trajectory.keep(torch.ones(len(trajectory.samples), dtype=torch.bool))
     trainer._reference_pass(trajectories)
     engine, config = trainer.engine, trainer.engine.config
-    visited = [(0, step) for step in trainer.table.trained_steps][:pairs]
+    # two micro-batches of different prompts: the shorter one is filled up to the longer one's size
+    visited = [(number, trainer.table.trained_steps[0]) for number in (0, len(trajectories) - 1)][:pairs]
     with CollectiveCounter(engine.groups) as counter:
         trainer._accumulate(trajectories, visited, lambda: None)
     place = traffic.Place(
@@ -51,15 +52,20 @@ def train_counted(arguments: list[str], processes: int, pairs: int) -> tuple[Cou
         config.sampler.micro_batch,
         engine.groups.dp_size,
     )
-    prompt = trajectories[0].prompt
-    texts = [engine.network().text(prompt, branch).num_tokens for branch in range(engine.network().branches)]
+    network = engine.network()
+    prompts = [trajectories[number].prompt for number, _ in visited]
+    longest = max(network.all_packed_tokens(prompt) for prompt in prompts)
     terms = 1 if config.kl.strategy == "none" else 2 if config.kl.step_kl == "logprob" else 3
     expected = traffic.update(place, pairs)
-    for _ in visited:
-        expected += traffic.micro_batch(place, texts, loss_terms=terms)
+    for prompt in prompts:
+        texts = [network.text(prompt, branch).num_tokens for branch in range(network.branches)]
+        expected += traffic.micro_batch(place, texts, longest, loss_terms=terms)
+    if engine.groups.dp_size == 1:  # else each replica has one prompt
+        assert len({prompt.conditional.num_tokens for prompt in prompts}) == 2
     return counter.bytes, expected, counter.calls
 
 
+QUICK = ("tp2-sp", "cp2-allgather", "tp2-cp2", "cp2-pp2")  # of the smaller model
 LAYOUTS = {
     "tp2-sp": {"parallel.tensor": 2},
     "tp2": {"parallel.tensor": 2, "parallel.sequence": False, "sampler.guidance_scale": 1.0},
@@ -69,6 +75,7 @@ LAYOUTS = {
     "pp2-interleaved": {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "sampler.guidance_scale": 1.0},
     "tp2-cp2": {"parallel.tensor": 2, "parallel.context": 2},
     "tp2-cp2-recomputed": {"parallel.tensor": 2, "parallel.context": 2, "precision.recompute": "full"},
+    "tp2-selective": {"parallel.tensor": 2, "precision.recompute": "selective"},
     "tp2-pp2": {"parallel.tensor": 2, "parallel.pipeline": 2, "sampler.guidance_scale": 1.0},
     "cp2-pp2": {"parallel.context": 2, "parallel.pipeline": 2},
     "cp2-dp2": {"parallel.context": 2, "parallel.data": 2},
@@ -76,10 +83,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", LAYOUTS)
+CASES = [pytest.param(name, "16 heads, 5 blocks", id=name) for name in LAYOUTS] + [
+    pytest.param(name, "8 heads, 4 blocks", id=f"{name}, smaller", marks=[] if name in QUICK else pytest.mark.nightly)
+    for name in LAYOUTS
+]
+
+
+@pytest.mark.parametrize(("name", "model"), CASES)
 def test_counted_bytes_are_the_formula_s(roots: dict[str, Path], name: str, model: str) -> None:
-    """15 video tokens and texts of 6 and 1 words: padding everywhere."""
+    """15 video tokens and texts of 1, 3, 6 or 9 words: padding everywhere."""
     from tests.training import world
 
     changes: dict[str, Any] = {"sampler.num_steps": 2, **LAYOUTS[name]}

@@ -82,12 +82,17 @@ def test_export_is_a_diffusers_model(root: Path, single: dict[str, Any]) -> None
 
 LAYOUTS = [
     pytest.param(2, {"parallel.tensor": 2}, id="tp2-sp"),
-    pytest.param(2, {"parallel.tensor": 2, "parallel.sequence": False}, id="tp2"),
-    pytest.param(4, {"parallel.tensor": 4}, id="tp4-sp"),
+    pytest.param(2, {"parallel.tensor": 2, "parallel.sequence": False}, id="tp2", marks=pytest.mark.nightly),
+    pytest.param(4, {"parallel.tensor": 4}, id="tp4-sp", marks=pytest.mark.nightly),
     pytest.param(2, {}, id="dp2"),
-    pytest.param(4, {"parallel.tensor": 2}, id="tp2-sp-dp2"),
+    pytest.param(4, {"parallel.tensor": 2}, id="tp2-sp-dp2", marks=pytest.mark.nightly),
     pytest.param(2, {"parallel.pipeline": 2, "sampler.micro_batch": 1}, id="pp2-single-samples"),
-    pytest.param(4, {"parallel.tensor": 2, "parallel.sequence": False, "parallel.context": 2}, id="tp2-cp2"),
+    pytest.param(
+        4,
+        {"parallel.tensor": 2, "parallel.sequence": False, "parallel.context": 2},
+        id="tp2-cp2",
+        marks=pytest.mark.nightly,
+    ),
     pytest.param(1, {"sampler.micro_batch": 4}, id="whole-group"),
 ]
 
@@ -135,7 +140,7 @@ def test_a_resumed_run_on_context_and_pipeline_ranks_is_the_uninterrupted_run(ro
     ("first", "second"),
     [
         ({"parallel.context": 2, "parallel.pipeline": 2}, {"parallel.tensor": 2}),
-        ({"parallel.tensor": 2}, {"parallel.pipeline": 2}),
+        pytest.param({"parallel.tensor": 2}, {"parallel.pipeline": 2}, marks=pytest.mark.nightly),
     ],
     ids=["cp2-pp2 to tp2", "tp2 to pp2"],
 )
