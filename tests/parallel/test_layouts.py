@@ -91,7 +91,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+VARIANT_RUNS = [
+    pytest.param(name, marks=pytest.mark.nightly if name == "no sequence parallelism" else []) for name in VARIANTS
+]
+
+
+@pytest.mark.parametrize("variant", VARIANT_RUNS)
 def test_other_ways_through_the_same_layout(root: Path, single: dict[str, dict[str, Any]], variant: str) -> None:
     processes, changes = VARIANTS[variant]
     found = run(root, variant.replace(" ", "_").replace(",", ""), processes, GUIDANCE["guided"], **changes)

@@ -81,7 +81,7 @@ def test_export_is_a_diffusers_model(root: Path, single: dict[str, Any]) -> None
 
 
 LAYOUTS = [
-    pytest.param(2, {"parallel.tensor": 2}, id="tp2-sp"),
+    pytest.param(2, {"parallel.tensor": 2}, id="tp2-sp", marks=pytest.mark.nightly),
     pytest.param(2, {"parallel.tensor": 2, "parallel.sequence": False}, id="tp2", marks=pytest.mark.nightly),
     pytest.param(4, {"parallel.tensor": 4}, id="tp4-sp", marks=pytest.mark.nightly),
     pytest.param(2, {}, id="dp2"),
