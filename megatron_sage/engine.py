@@ -15,15 +15,17 @@ from megatron_sage.conditioning.codec import VideoCodec
 from megatron_sage.conditioning.words import WordEncoder
 from megatron_sage.config import Config
 from megatron_sage.config.layout import chunks_of_stage
+from megatron_sage.grpo.equalizer import gradient_scales
 from megatron_sage.grpo.schedule import shifted_sigmas
-from megatron_sage.grpo.sde import StepCoefficients, step_coefficients
+from megatron_sage.grpo.sde import StepCoefficients, is_normalized, step_coefficients
+from megatron_sage.grpo.window import window_steps, windowed
 from megatron_sage.model.config import HunyuanVideoConfig
 from megatron_sage.model.transformer import HunyuanVideoDiT, TextCondition, build_chunks
 from megatron_sage.parallel import groups as process_groups
 from megatron_sage.parallel.device import device
 from megatron_sage.parallel.groups import Groups
 from megatron_sage.rollout.policy import Network, Prompt, VideoShape
-from megatron_sage.rollout.sampler import StepTable
+from megatron_sage.rollout.transitions import StepTable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEMPORAL, SPATIAL = 4, 16  # compression of the HunyuanVideo-1.5 VAE
@@ -50,6 +52,14 @@ class Engine:
         """The policy with the run's guidance, or another."""
         scale = self.config.sampler.guidance_scale if guidance is None else guidance
         return Network(self.chunks, self.shape, scale, self.device)
+
+    def rollout_network(self) -> Network:
+        """The policy as the rollout runs it."""
+        return self.network(1.0 if self.config.grpo.cfg_in_training == "off" else None)
+
+    def training_network(self) -> Network:
+        """The policy as it is trained, and as the reference is asked: both branches, or the conditional one."""
+        return self.network(None if self.config.grpo.cfg_in_training == "on" else 1.0)
 
     def eval(self) -> None:
         """All chunks."""
@@ -96,7 +106,30 @@ def step_table(sde_type: str, num_steps: int, shift: float, eta: float) -> tuple
     """Schedule and coefficients of one sampler."""
     sigmas = shifted_sigmas(num_steps, shift)
     coefficients = step_coefficients(sde_type, sigmas, eta)
-    return StepTable.build(sigmas, coefficients), coefficients
+    return StepTable.build(sigmas, coefficients, is_normalized(sde_type)), coefficients
+
+
+def iteration_steps(config: Config, iteration: int) -> tuple[StepTable, list[float]]:
+    """The numbers of each step and its gradient scale (1 without the equalizer) in one iteration's window."""
+    sampler, window = config.sampler, config.sampler.sde_window
+    sigmas = shifted_sigmas(sampler.num_steps, sampler.shift)
+    coefficients = step_coefficients(sampler.sde_type, sigmas, sampler.eta)
+    if window.size is not None:
+        trained = coefficients.trained_steps()
+        steps = window_steps(
+            trained,
+            window.size,
+            window.stride,
+            window.strategy,
+            window.start,
+            window.interval,
+            config.seed,
+            iteration,
+        )
+        coefficients = windowed(coefficients, sigmas, steps)
+    normalized = is_normalized(sampler.sde_type)
+    scales = gradient_scales(coefficients, normalized).tolist() if config.grpo.equalizer else [1.0] * len(sigmas)
+    return StepTable.build(sigmas, coefficients, normalized), scales
 
 
 def build_engine(config: Config, groups: Groups) -> Engine:

@@ -13,6 +13,7 @@ from megatron_sage.config.schema import (
     PrecisionConfig,
     RewardConfig,
     SamplerConfig,
+    SdeWindowConfig,
     TrainingConfig,
     VideoConfig,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "PrecisionConfig",
     "RewardConfig",
     "SamplerConfig",
+    "SdeWindowConfig",
     "TrainingConfig",
     "VideoConfig",
     "data_parallel_size",

@@ -96,6 +96,12 @@ def check_schedule(config: Config, pairs: int) -> None:
     stages, updates = config.parallel.pipeline, config.grpo.updates_per_rollout
     if stages == 1 or chunks_of_stage(config.parallel) == 1:
         return
+    if config.grpo.replay_batch > 1:
+        raise UserError(
+            f"grpo.replay_batch={config.grpo.replay_batch}: the interleaved schedule (parallel.virtual_pipeline="
+            f"{chunks_of_stage(config.parallel)}) takes only whole multiples of parallel.pipeline={stages} forwards, "
+            "which batches by prompt do not give; set it to 1 or leave parallel.virtual_pipeline out"
+        )
     sizes = {(i + 1) * pairs // updates - i * pairs // updates for i in range(updates)}
     for size in sorted(sizes):
         if size % stages:

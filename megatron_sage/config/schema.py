@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 ContextBackend = Literal["auto", "ulysses", "allgather", "te_p2p", "te_a2a", "te_a2a+p2p"]
-SdeType = Literal["sage_grpo", "dance_grpo", "flow_grpo", "cps"]
+SdeType = Literal["sage_grpo", "dance_grpo", "flow_grpo", "cps", "cps_unnormalized"]
 
 
 @dataclass
@@ -54,6 +54,17 @@ class VideoConfig:
 
 
 @dataclass
+class SdeWindowConfig:
+    """Noise, log-probabilities and training in a window of the steps only; the others run as ode (MixGRPO)."""
+
+    size: int | None = None  # steps of the window, counted among those with noise; null: all of them, no window
+    strategy: Literal["fixed", "random", "progressive"] = "progressive"  # how it moves from iteration to iteration
+    start: int = 0  # first step of its first position; `fixed` stays there (MixGRPO)
+    stride: int = 1  # steps between two positions (MixGRPO)
+    interval: int = 1  # iterations at one position, for `progressive` (ours; MixGRPO: 25)
+
+
+@dataclass
 class SamplerConfig:
     """The rollout's sampler."""
 
@@ -65,6 +76,7 @@ class SamplerConfig:
     micro_batch: int = 1  # samples of one group in one forward, in the rollout and in training alike (ours)
     latent_dtype: Literal["fp32", "bf16"] = "fp32"  # of the kept latents; they are rounded before they are scored
     offload_trajectories: bool = False  # let latents and velocities wait in host memory until training needs them
+    sde_window: SdeWindowConfig = field(default_factory=SdeWindowConfig)
 
 
 @dataclass
@@ -78,20 +90,28 @@ class GrpoConfig:
     advantage_clip: float = 5.0  # advantages are clamped to +- this (paper's implementation)
     equalizer: bool = True  # temporal gradient equalizer (paper)
     timestep_permutation: bool = True  # visit the pairs in random order, the same on every rank (paper)
+    cfg_in_training: Literal["on", "off", "distilled"] = "on"  # both branches trained; no guidance in rollout or
+    # training; or rollout with guidance, conditional branch trained (paper: on). Has no effect at guidance_scale 1.
+    replay_batch: int = 1  # (micro-batch, step) pairs of one prompt in one training forward: speed for memory (ours)
+    allow_clip_below_floor: bool = False  # train even if clip_range is below the measured noise of the ratio (ours)
 
 
 @dataclass
 class KlConfig:
     """Trust region: weights of the dual KL and the controller of its common factor lambda."""
 
-    strategy: Literal["none", "dual"] = "dual"  # dual: moving anchor plus last rollout's policy (paper)
-    position_weight: float = 1.0  # weight of the KL to the moving anchor (paper)
-    velocity_weight: float = 0.1  # weight of the KL to the policy that made the rollout (paper)
+    strategy: Literal["none", "fixed", "step", "moving", "dual"] = "dual"  # reference: none, initial model, policy of
+    # the rollout, moving anchor, or both a position reference and the policy of the rollout (paper: dual)
+    position: Literal["moving", "fixed"] = "moving"  # dual's position reference (paper: dual moving)
+    phase: Literal["rollout", "training"] = "rollout"  # when its velocities are computed: once, or before each update
+    position_weight: float = 1.0  # dual: weight of the KL to the position reference (paper)
+    velocity_weight: float = 0.1  # dual: weight of the KL to the policy that made the rollout (paper)
     anchor_interval: int = 10  # optimizer steps between two refreshes of the anchor (paper)
     step_kl: Literal["logprob", "closed_form"] = "logprob"  # estimator of the velocity KL (paper: eq. 15)
-    schedule: Literal["fixed", "two_stage"] = "two_stage"  # lambda_max throughout; or warm-up, then feedback (paper)
+    schedule: Literal["fixed", "two_stage", "milder"] = "two_stage"  # lambda_max throughout; warm-up, then feedback;
+    # or warm-up alone (paper)
     lambda_min: float = 1e-7  # lower bound of lambda, start of the warm-up (paper)
-    lambda_max: float = 1e-5  # upper bound of lambda, end of the warm-up (paper)
+    lambda_max: float | None = None  # upper bound of lambda, end of the warm-up; null: 1e-5 (paper), milder: 1e-6
     warmup_steps: int = 20  # optimizer steps from lambda_min to lambda_max (ours)
     window: int = 10  # number of last KL values whose mean is fed back (ours)
     target: float = 1e-4  # KL, per latent element, that the feedback aims at (ours: the order of the clip range)
@@ -105,6 +125,7 @@ class RewardConfig:
 
     function: str = "megatron_sage.rewards.shapes:ShapesReward"  # import path "module:name" (ours)
     weights: dict[str, float] = field(default_factory=lambda: {"VQ": 0.5, "MQ": 0.5, "TA": 1.0})  # paper: setting B
+    watch: str | None = None  # "module:name" of a second reward that is logged and never trained on (ours)
 
 
 @dataclass
@@ -132,7 +153,7 @@ class DataConfig:
 class TrainingConfig:
     """Length of the run and its checkpoints."""
 
-    iterations: int = 100  # rollouts followed by updates (ours)
+    iterations: int = 100  # rollouts followed by updates; 0 evaluates the given model and stops (ours)
     save_interval: int = 0  # iterations between two checkpoints; 0: only at the end
     resume: bool = False  # go on from the newest checkpoint in output_dir
 
@@ -168,6 +189,19 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+LAMBDA_MAX = {"fixed": 1e-5, "two_stage": 1e-5, "milder": 1e-6}  # of each schedule, where kl.lambda_max is null
+
+
+def lambda_max(kl: KlConfig) -> float:
+    """The upper bound of lambda."""
+    return LAMBDA_MAX[kl.schedule] if kl.lambda_max is None else kl.lambda_max
+
+
+def position_reference(kl: KlConfig) -> str | None:
+    """What the position KL is measured against: "fixed", "moving", or None where the strategy has no such term."""
+    return kl.position if kl.strategy == "dual" else {"fixed": "fixed", "moving": "moving"}.get(kl.strategy)
+
+
 # Megatron's command-line names for the same quantities, so that habits and existing launch scripts carry over.
 ALIASES = {
     "parallel.tensor_model_parallel_size": "parallel.tensor",
@@ -183,9 +217,5 @@ ALIASES = {
 # Values that a reader of the paper may try: why they are refused, said before the list of what there is.
 UNAVAILABLE = {
     ("sampler.sde_type", "ode"): "draws no noise, so there is no log-probability to train on",
-    ("kl.strategy", "fixed"): "is not in this version",
-    ("kl.strategy", "step"): "is not in this version",
-    ("kl.strategy", "moving"): "is not in this version",
-    ("kl.schedule", "milder"): "is not in this version",
     ("precision.dtype", "fp8"): "is not in this version",
 }

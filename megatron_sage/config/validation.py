@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_sage.config.layout import check_model_layout, check_schedule, check_world, chunks_of_stage
 from megatron_sage.config.loading import bind, nearest
-from megatron_sage.config.schema import Config
+from megatron_sage.config.schema import Config, lambda_max
 from megatron_sage.errors import UserError
 
 ARCHITECTURE = "HunyuanVideo15Transformer3DModel"
@@ -43,6 +43,11 @@ _BOUNDS: list[tuple[str, str, float, str]] = [
     ("grpo.group_size", ">=", 2, "an advantage compares samples of one prompt"),
     ("grpo.prompts_per_iteration", ">=", 1, "one prompt is the least"),
     ("grpo.updates_per_rollout", ">=", 1, "1 is fully on-policy"),
+    ("grpo.replay_batch", ">=", 1, "1 needs the least memory"),
+    ("sampler.sde_window.size", ">=", 1, "null trains all steps"),
+    ("sampler.sde_window.start", ">=", 0, "0 begins at the first step with noise"),
+    ("sampler.sde_window.stride", ">=", 1, "1 is the usual stride"),
+    ("sampler.sde_window.interval", ">=", 1, "1 moves the window with every iteration"),
     ("grpo.clip_range", ">", 0, "1e-4 is the usual range"),
     ("grpo.advantage_clip", ">", 0, "5 is the usual bound"),
     ("kl.position_weight", ">=", 0, "0 switches the term off"),
@@ -63,7 +68,7 @@ _BOUNDS: list[tuple[str, str, float, str]] = [
     ("optimizer.beta2", "<", 1, "0.999 is the usual value"),
     ("optimizer.eps", ">", 0, "1e-8 is the usual value"),
     ("optimizer.grad_clip", ">=", 0, "0 switches clipping off"),
-    ("training.iterations", ">=", 1, "one iteration is the least"),
+    ("training.iterations", ">=", 0, "0 evaluates the given model and stops"),
     ("training.save_interval", ">=", 0, "0 saves only at the end"),
     ("evaluation.samples_per_prompt", ">=", 1, "evaluation.prompts=null switches evaluation off"),
     ("evaluation.num_steps", ">=", 1, "40 is the usual number"),
@@ -137,29 +142,23 @@ def _check_video(config: Config) -> None:
 
 def _check_method(config: Config) -> None:
     kl = config.kl
-    if kl.lambda_min > kl.lambda_max:
-        _refuse("kl.lambda_min", kl.lambda_min, f"must not be above kl.lambda_max={kl.lambda_max}")
-    if config.sampler.sde_type == "cps" and config.sampler.eta > 1:
+    if kl.lambda_min > lambda_max(kl):
+        _refuse("kl.lambda_min", kl.lambda_min, f"must not be above kl.lambda_max={lambda_max(kl)}")
+    if kl.strategy == "dual" and not (kl.position_weight or kl.velocity_weight):
+        _refuse("kl.position_weight", kl.position_weight, "dual needs a weight other than 0; or set kl.strategy=none")
+    if config.sampler.sde_type.startswith("cps") and config.sampler.eta > 1:
         # std = σ'·sin(ηπ/2) turns back beyond η = 1: more noise asked for, less given.
         _refuse("sampler.eta", config.sampler.eta, "must be <= 1 for cps, whose noise is σ·sin(ηπ/2)")
 
 
 def _check_reward(config: Config) -> None:
-    function, weights = config.reward.function, config.reward.weights
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", function):
-        _refuse("reward.function", function, 'must be "module:name", e.g. megatron_sage.rewards.shapes:ShapesReward')
+    weights = config.reward.weights
     if not any(weights.values()):
         _refuse("reward.weights", weights, "must give at least one dimension a weight other than 0")
-    module_name, _, name = function.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        _refuse("reward.function", function, f"cannot be imported: {error}; is it installed or on PYTHONPATH?")
-    if not hasattr(module, name):
-        match = nearest(name, [n for n in vars(module) if not n.startswith("_")])
-        cure = f"did you mean {match}?" if match else "check the name"
-        _refuse("reward.function", function, f"module {module_name} has no {name}; {cure}")
-    dimensions = getattr(getattr(module, name), "dimensions", ())
+    found = _imported("reward.function", config.reward.function)
+    if config.reward.watch is not None:
+        _imported("reward.watch", config.reward.watch)
+    dimensions = getattr(found, "dimensions", ())
     if isinstance(dimensions, (tuple, list)) and dimensions:
         for given in weights:
             if given not in dimensions:
@@ -167,6 +166,21 @@ def _check_reward(config: Config) -> None:
                 cure = f"did you mean {match}? " if match else ""
                 rule = f"the reward has no such dimension; {cure}choose from {', '.join(dimensions)}"
                 _refuse(f"reward.weights.{given}", weights[given], rule)
+
+
+def _imported(key: str, function: str) -> Any:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", function):
+        _refuse(key, function, 'must be "module:name", e.g. megatron_sage.rewards.shapes:ShapesReward')
+    module_name, _, name = function.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        _refuse(key, function, f"cannot be imported: {error}; is it installed or on PYTHONPATH?")
+    if not hasattr(module, name):
+        match = nearest(name, [n for n in vars(module) if not n.startswith("_")])
+        cure = f"did you mean {match}?" if match else "check the name"
+        _refuse(key, function, f"module {module_name} has no {name}; {cure}")
+    return getattr(module, name)
 
 
 def _check_files(config: Config) -> None:
@@ -223,16 +237,21 @@ def _check_prompts(key: str, path: str) -> None:
 
 
 def _check_updates(config: Config, world_size: int) -> None:
-    """An update needs at least one (micro-batch, step) pair of gradient."""
-    updates, interleaved = config.grpo.updates_per_rollout, chunks_of_stage(config.parallel) > 1
-    if updates == 1 and not interleaved:
-        return
+    """The window must lie within the steps with noise; an update needs at least one (micro-batch, step) pair."""
     from megatron_sage.grpo.schedule import shifted_sigmas  # imports torch: only where it is needed
     from megatron_sage.grpo.sde import step_coefficients
 
-    sampler = config.sampler
+    sampler, window, updates = config.sampler, config.sampler.sde_window, config.grpo.updates_per_rollout
     sigmas = shifted_sigmas(sampler.num_steps, sampler.shift)
-    trained = int((step_coefficients(sampler.sde_type, sigmas, sampler.eta).std > 0).sum())
+    noisy = int((step_coefficients(sampler.sde_type, sigmas, sampler.eta).std > 0).sum())
+    if noisy == 0:
+        _refuse("sampler.num_steps", sampler.num_steps, f"no step of {sampler.sde_type} has noise then; use more steps")
+    trained = noisy if window.size is None else window.size
+    if trained > noisy:
+        _refuse("sampler.sde_window.size", trained, f"must be <= the {noisy} steps with noise; null trains all of them")
+    if window.size is not None and window.start + trained > noisy:
+        rule = f"the window of {trained} must end within the {noisy} steps with noise; use at most {noisy - trained}"
+        _refuse("sampler.sde_window.start", window.start, rule)
     prompts = config.grpo.prompts_per_iteration // data_parallel_size(config, world_size)
     micro_batches = prompts * config.grpo.group_size // sampler.micro_batch
     if updates > micro_batches * trained:

@@ -1,6 +1,6 @@
 """In which order a rollout's (micro-batch, step) pairs are trained on, and how they are split into optimizer steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
@@ -36,3 +36,21 @@ def split_updates(pairs: Sequence[Item], updates_per_rollout: int) -> list[list[
         )
     cuts = [i * len(pairs) // updates_per_rollout for i in range(updates_per_rollout + 1)]
     return [list(pairs[start:end]) for start, end in pairwise(cuts)]
+
+
+def batch_pairs(pairs: Sequence[Item], key: Callable[[Item], Hashable], size: int) -> list[list[Item]]:
+    """``pairs`` in batches of at most ``size`` that share a ``key`` (one prompt: one text length, so no mask).
+
+    A batch takes the place of its first pair. With size 1 the order stays as it is.
+    """
+    if size < 1:
+        raise ValueError(f"size is {size}: a batch holds at least one pair")
+    batches: list[list[Item]] = []
+    open_batches: dict[Hashable, list[Item]] = {}
+    for pair in pairs:
+        batch = open_batches.get(key(pair))
+        if batch is None or len(batch) == size:
+            batch = open_batches[key(pair)] = []
+            batches.append(batch)
+        batch.append(pair)
+    return batches

@@ -13,10 +13,14 @@ import torch
 
 from megatron_sage.grpo.schedule import checked_sigmas
 
-SDE_TYPES = ("ode", "dance_grpo", "flow_grpo", "sage_grpo", "cps")
+SDE_TYPES = ("ode", "dance_grpo", "flow_grpo", "sage_grpo", "cps", "cps_unnormalized")
 
 # The integral of sigma/(1-sigma) diverges at sigma = 1; the paper's implementation stops it at 1 - c (c = 3e-3).
 SAGE_CLAMP = 3e-3
+# FlowGRPO instead puts sigma_max, the schedule's level of this index, in the place of sigma = 1.
+FLOW_SIGMA_MAX_INDEX = 1
+# What stands for sigma = 1 where 1 - sigma is divided by: each sampler's own choice, or one of the two for both.
+CEILINGS = ("default", "sigma_max", "clamp")
 
 
 class StepCoefficients(NamedTuple):
@@ -35,38 +39,51 @@ class StepCoefficients(NamedTuple):
         return self.std.nonzero().flatten().tolist()
 
 
-def step_coefficients(sde_type: str, sigmas: torch.Tensor | Sequence[float], eta: float) -> StepCoefficients:
+def is_normalized(sde_type: str) -> bool:
+    """Whether the log-probability has its constants; the public implementation's cps leaves all of them out."""
+    return sde_type != "cps_unnormalized"
+
+
+def step_coefficients(
+    sde_type: str, sigmas: torch.Tensor | Sequence[float], eta: float, ceiling: str = "default"
+) -> StepCoefficients:
     """(a, b, std) of every step of a sampler, float64 [N] each, for noise levels ``sigmas`` [N+1].
 
     ``eta`` scales the noise; 0 gives the ODE for every type. For cps it is the share of the noise that is redrawn,
-    from 0 (none) to 1 (all).
+    from 0 (none) to 1 (all). ``cps_unnormalized`` has the coefficients of cps; its log-probability differs.
+    ``ceiling`` (paper, appendix A.2): what flow_grpo and sage_grpo divide by at sigma = 1: ``sigma_max`` (1 -
+    sigma_1), ``clamp`` (3e-3), or ``default``, the former for flow_grpo and the latter for sage_grpo.
 
     Raises ValueError for an unknown ``sde_type``, a bad ``eta`` and levels that do not strictly decrease in [0, 1].
     """
+    if ceiling not in CEILINGS:
+        raise ValueError(f"ceiling is {ceiling!r}: give one of {', '.join(CEILINGS)}")
     if sde_type not in SDE_TYPES:
         nearest = difflib.get_close_matches(str(sde_type), SDE_TYPES, n=1, cutoff=0.0)[0]
         raise ValueError(f"sde_type is {sde_type!r}: did you mean {nearest!r}? Known: {', '.join(SDE_TYPES)}")
     if not (math.isfinite(eta) and eta >= 0):
         raise ValueError(f"eta is {eta}: the noise scale must be finite and not negative")
     levels = checked_sigmas(sigmas)
-    if sde_type == "cps":
+    if sde_type.startswith("cps"):
         return _cps(levels, eta)
-    return _reverse_sde(levels, _variance(sde_type, levels, eta))
+    return _reverse_sde(levels, _variance(sde_type, levels, eta, ceiling))
 
 
-def _variance(sde_type: str, levels: torch.Tensor, eta: float) -> torch.Tensor:
+def _variance(sde_type: str, levels: torch.Tensor, eta: float, ceiling: str) -> torch.Tensor:
     """Variance of the noise that each step of a reverse SDE adds, [N]."""
     start, end = levels[:-1], levels[1:]
     step = start - end
+    # Only the first level can be 1. FlowGRPO replaces exactly that one; SAGE stops whatever lies above 1 - c.
+    replaced = torch.where(start == 1, levels[FLOW_SIGMA_MAX_INDEX], start)
+    clamped = start.clamp(max=1 - SAGE_CLAMP)
     if sde_type == "dance_grpo":
         rate = step
     elif sde_type == "flow_grpo":
-        # sigma/(1-sigma) is infinite at sigma = 1 (only the first level can be 1): FlowGRPO divides by 1 - sigma_1.
-        rate = start / (1 - torch.where(start == 1, levels[1], start)) * step
+        rate = start / (1 - (clamped if ceiling == "clamp" else replaced)) * step
     elif sde_type == "sage_grpo":
         # Exact integral of sigma/(1-sigma) over the step. Where even the clamped start leaves nothing (sigma_{i+1} near
         # or above 1 - c: the first steps of fine or strongly shifted schedules) it is negative and has no root.
-        top = start.clamp(max=1 - SAGE_CLAMP)
+        top = replaced if ceiling == "sigma_max" else clamped
         rate = torch.log1p((top - end) / (1 - top)) - step  # log1p: the two terms nearly cancel at small sigma
         rate = rate.clamp(min=0.0)
     else:
@@ -132,11 +149,12 @@ def squared_error_sum(
     return difference.square().sum(others, dtype=torch.float64)
 
 
-def log_prob_from_error(sum_sq_B: torch.Tensor, count: int, std: float) -> torch.Tensor:
+def log_prob_from_error(sum_sq_B: torch.Tensor, count: int, std: float, normalized: bool = True) -> torch.Tensor:
     """Mean over ``count`` elements of the Gaussian log-density, [B], from the summed squared error of the whole sample.
 
     A MEAN, not a sum: the clip range of 1e-4 is per element. With the tokens split over ranks, pass the all-reduced
-    sum and the number of elements of the whole sample.
+    sum and the number of elements of the whole sample. ``normalized=False`` (cps_unnormalized) leaves every constant
+    out, 1/(2 std^2) included: minus the mean squared error.
     """
     if not std > 0:
         raise ValueError(
@@ -144,6 +162,8 @@ def log_prob_from_error(sum_sq_B: torch.Tensor, count: int, std: float) -> torch
         )
     if count < 1:
         raise ValueError(f"count is {count}: a log-probability needs at least one element")
+    if not normalized:
+        return -sum_sq_B / count
     return -sum_sq_B / (2 * std**2 * count) - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 

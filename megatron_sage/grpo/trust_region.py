@@ -5,8 +5,20 @@ from typing import Any
 
 import torch
 
-KINDS = ("fixed", "two_stage")
+STRATEGIES = ("none", "fixed", "step", "moving", "dual")
+KINDS = ("fixed", "two_stage", "milder")
 FEEDBACKS = ("relax", "tighten")
+
+
+def term_weights(strategy: str, position_weight: float, velocity_weight: float) -> tuple[float, float]:
+    """Weights of the KL to the position reference (initial model or anchor) and to the rollout's policy.
+
+    ``fixed`` and ``moving`` have the first term alone, ``step`` the second, ``dual`` both with the given weights.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy is {strategy!r}: give one of {', '.join(STRATEGIES)}")
+    weights = {"none": (0.0, 0.0), "fixed": (1.0, 0.0), "moving": (1.0, 0.0), "step": (0.0, 1.0)}
+    return weights.get(strategy, (position_weight, velocity_weight))
 
 
 def gaussian_kl_from_error(sum_sq_velocity_diff_B: torch.Tensor, count: int, b: float, std: float) -> torch.Tensor:
@@ -38,7 +50,8 @@ def step_kl_log_prob(log_prob_old: torch.Tensor, log_prob_new: torch.Tensor) -> 
 class LambdaController:
     """Weight of the KL term, updated once after every optimizer step.
 
-    ``fixed``: always ``lambda_max``. ``two_stage``: linear warm-up from ``lambda_min`` to ``lambda_max`` over
+    ``fixed``: always ``lambda_max``. ``milder``: linear warm-up from ``lambda_min`` to ``lambda_max`` over
+    ``warmup_steps`` updates, then constant (give it a lower ``lambda_max``). ``two_stage``: linear warm-up from ``lambda_min`` to ``lambda_max`` over
     ``warmup_steps`` updates, then, with e = (mean of the last ``window`` KL values - target) / target,
     lambda <- clip(lambda (1 -+ gain clip(e, -1, 1)), lambda_min, lambda_max). ``feedback="relax"`` (minus; the paper's
     appendix A.6 as written) lowers lambda while the KL is above its target; ``"tighten"`` (plus; PPO's rule) raises it.
@@ -74,7 +87,7 @@ class LambdaController:
         self.gain = gain if feedback == "relax" else -gain
         self.updates = 0
         self.history: list[float] = []
-        self.value = lambda_min if kind == "two_stage" and warmup_steps > 0 else lambda_max
+        self.value = lambda_min if kind != "fixed" and warmup_steps > 0 else lambda_max
 
     def update(self, kl: float) -> float:
         """Take the KL realised in one optimizer step (the same number on every rank); return the next lambda.
@@ -86,8 +99,10 @@ class LambdaController:
             raise ValueError(f"KL of optimizer step {self.updates + 1} is {kl}: the policy or its reference diverged")
         self.updates += 1
         self.history = [*self.history, kl][-self.window :]
-        if self.kind == "two_stage":
-            self.value = self._warm_up() if self.updates <= self.warmup_steps else self._feedback()
+        if self.kind != "fixed" and self.updates <= self.warmup_steps:
+            self.value = self._warm_up()
+        elif self.kind == "two_stage":
+            self.value = self._feedback()
         return self.value
 
     def _warm_up(self) -> float:

@@ -32,11 +32,11 @@ class Reporter:
 
 
 class Bar:
-    """Call it once for each finished piece of work."""
+    """Call it for each finished piece of work, or with their number."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
 
-    def __call__(self) -> None:
+    def __call__(self, count: int = 1) -> None:
         if self._progress is not None:
-            self._progress.advance(self._progress.task_ids[0])
+            self._progress.advance(self._progress.task_ids[0], count)

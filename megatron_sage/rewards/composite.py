@@ -1,10 +1,31 @@
-"""One number per clip out of a reward's dimensions."""
+"""One number per clip out of a reward's dimensions; a second reward that is only watched."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from megatron_sage.errors import UserError
+from megatron_sage.rewards.protocol import Reward
+
+WATCH = "watch/"  # before the names of a watched reward's dimensions
+
+
+class WithWatch:
+    """A reward and another that is logged beside it and never trained on.
+
+    A reward that rises while a metric of other making falls is being fooled: the second one must not be among what
+    is maximised, so its dimensions carry a prefix that `reward.weights` cannot name.
+    """
+
+    def __init__(self, trained: Reward, watched: Reward) -> None:
+        self.trained, self.watched = trained, watched
+        self.dimensions = (*trained.dimensions, *(WATCH + name for name in watched.dimensions))
+
+    def __call__(self, videos: Sequence[np.ndarray], prompts: Sequence[str], fps: float) -> dict[str, np.ndarray]:
+        """Scores of both, {dimension: float64 [n]}."""
+        scores = self.trained(videos, prompts, fps)
+        watched = self.watched(videos, prompts, fps)
+        return scores | {WATCH + name: watched[name] for name in self.watched.dimensions}
 
 
 def weighted(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:

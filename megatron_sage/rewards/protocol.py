@@ -25,7 +25,7 @@ class Reward(Protocol):
         ...
 
 
-def load_reward(path: str, **settings: Any) -> Reward:
+def load_reward(path: str, key: str = "reward.function", **settings: Any) -> Reward:
     """The reward named by an import path `module:name`; a class is instantiated with `settings`.
 
     Raises UserError, in one line, where the path cannot be imported or what it names is no reward.
@@ -33,21 +33,21 @@ def load_reward(path: str, **settings: Any) -> Reward:
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
         raise UserError(
-            f"reward.function={path!r}: expected 'module:name', e.g. 'megatron_sage.rewards.shapes:ShapesReward'"
+            f"{key}={path!r}: expected 'module:name', e.g. 'megatron_sage.rewards.shapes:ShapesReward'"
         )
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(
-            f"reward.function={path!r}: cannot import {module_name!r} ({error}); install it or correct the path"
+            f"{key}={path!r}: cannot import {module_name!r} ({error}); install it or correct the path"
         ) from error
     if not hasattr(module, name):
-        raise UserError(f"reward.function={path!r}: module {module_name!r} has no {name!r}")
+        raise UserError(f"{key}={path!r}: module {module_name!r} has no {name!r}")
     reward = getattr(module, name)
     if isinstance(reward, type):
         reward = reward(**settings)
     if not (isinstance(reward, Reward) and reward.dimensions):
-        raise UserError(f"reward.function={path!r}: a reward is callable and has `dimensions`, a tuple of names")
+        raise UserError(f"{key}={path!r}: a reward is callable and has `dimensions`, a tuple of names")
     return reward
 
 

@@ -36,6 +36,9 @@ class Kept:
     def __getitem__(self, step: int) -> torch.Tensor:
         return self._tensors[step].to(self._device, non_blocking=True).float()
 
+    def __delitem__(self, step: int) -> None:
+        del self._tensors[step]
+
     def __len__(self) -> int:
         return len(self._tensors)
 
@@ -60,7 +63,7 @@ class MicroTrajectory:
     group: int  # number of the group in the whole run, the same at every layout
     samples: list[int]  # which samples of the group
     prompt: Prompt
-    latents_SBC: Kept = field(default_factory=Kept)  # 0 ... N; first and last stage
+    latents_SBC: Kept = field(default_factory=Kept)  # around trained steps, and N; first and last stage
     log_prob_B: dict[int, torch.Tensor] = field(default_factory=dict)  # trained step -> float64 [B]; every stage
     velocity_SBC: Kept = field(default_factory=Kept)  # of the rollout's policy; last stage
     reference_SBC: Kept = field(default_factory=Kept)  # of the position reference; last stage

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from megatron_sage.model.transformer import HunyuanVideoDiT, TextCondition
 from megatron_sage.parallel.sequence import TokenShard, pad_tokens
@@ -57,7 +58,7 @@ class Network:
     def __init__(
         self, chunks: Sequence[HunyuanVideoDiT], shape: VideoShape, guidance: float, device: torch.device
     ) -> None:
-        self.chunks, self.shape, self.guidance, self.device = chunks, shape, guidance, device
+        self.chunks, self.shape, self.guidance, self.device = chunks, shape, guidance, device  # guidance 1: one branch
         self.group: dist.ProcessGroup | None = chunks[0].pp_group if chunks else None
         self.num_chunks = len(chunks)
         self.starts = bool(chunks) and chunks[0].pre_process
@@ -81,7 +82,7 @@ class Network:
         self,
         chunk: int,
         x_SBC: torch.Tensor | None,
-        sigma: float,
+        sigma: float | Sequence[float],
         prompt: Prompt,
         branch: int,
         batch: int,
@@ -91,17 +92,22 @@ class Network:
         """One branch through one chunk: its velocity on the last one, packed tokens on the others.
 
         `x_SBC` is read on the first chunk of the first stage, `packed` on all others. `model`: the chunk in its DDP
-        wrapper, where gradients are wanted. `sigma` becomes the timestep 1000 * sigma in float32: in bfloat16 it would
-        be off by up to 2 of 1000.
+        wrapper, where gradients are wanted. `sigma`, one or each sample's own, becomes the timestep 1000 * sigma in
+        float32: in bfloat16 it would be off by up to 2 of 1000.
         """
         network = self.chunks[chunk]
         video_SBC = None
         if network.pre_process:
             assert x_SBC is not None
             video_SBC = model_input(x_SBC, network.config.in_channels, network.config.params_dtype)
-        timestep_B = torch.full((batch,), 1000.0 * sigma, dtype=torch.float32, device=self.device)
+        timestep_B = self._timesteps(sigma, batch)
         text = expand(self.text(prompt, branch), batch)
         return (model or network)(video_SBC, timestep_B, text, self.shape.grid, packed_SBH=packed)
+
+    def _timesteps(self, sigma: float | Sequence[float], batch: int) -> torch.Tensor:
+        if isinstance(sigma, float):  # filled on the device: nothing is copied there, nobody waits
+            return torch.full((batch,), 1000.0 * sigma, dtype=torch.float32, device=self.device)
+        return torch.tensor([1000.0 * s for s in sigma], dtype=torch.float32).to(self.device, non_blocking=True)
 
     def packed_tokens(self, prompt: Prompt, branch: int) -> int:
         """Tokens of this rank that cross a stage boundary for one branch."""
@@ -122,18 +128,20 @@ class Network:
         model: torch.nn.Module,
         chunk: int,
         x_SBC: torch.Tensor | None,
-        sigma: float,
+        sigma: float | Sequence[float],
         prompt: Prompt,
         batch: int,
         length: int,
+        largest: int | None = None,
     ) -> torch.Tensor:
         """All branches of a micro-batch through one chunk, for Megatron's schedules, which hand on ONE tensor.
 
-        The branches' packed tokens lie one after the other, filled up to `length`, the schedule's fixed size: the
-        longest text of the update decides. The filling is cut off again before anything is computed.
+        The branches' packed tokens lie one after the other, filled up to `length`, and the samples up to `largest`,
+        the schedule's fixed sizes: the longest text and the largest micro-batch of the update decide. The filling is
+        cut off again before anything is computed.
 
         Returns:
-            The guided velocity [S, B, C] float32 on the last chunk, else the packed tokens [length, B, H].
+            The guided velocity [S, B, C] float32 on the last chunk, else the packed tokens [length, largest, H].
         """
         network, outputs, start = self.chunks[chunk], [], 0
         for branch in range(self.branches):
@@ -141,6 +149,9 @@ class Network:
             if not network.pre_process:
                 assert network.input_tensor is not None
                 size = self.packed_tokens(prompt, branch)
-                packed, start = network.input_tensor[start : start + size], start + size
+                packed, start = network.input_tensor[start : start + size, :batch], start + size
             outputs.append(self.forward(chunk, x_SBC, sigma, prompt, branch, batch, packed, model))
-        return self.guided(outputs) if network.post_process else pad_tokens(torch.cat(outputs), length)
+        if network.post_process:
+            return self.guided(outputs)
+        packed = pad_tokens(torch.cat(outputs), length)
+        return packed if largest in (None, batch) else F.pad(packed, (0, 0, 0, largest - batch))

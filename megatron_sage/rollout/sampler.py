@@ -7,61 +7,24 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from megatron_sage.grpo.sde import StepCoefficients, log_prob_from_error, squared_error_sum, step_mean, step_sample
 from megatron_sage.parallel import noise
-from megatron_sage.parallel.pipeline import Occupancy, Task, execute, plan_slots, share_from_last
-from megatron_sage.parallel.reductions import sum_over_shards
+from megatron_sage.parallel.pipeline import Occupancy, share_from_last
 from megatron_sage.rollout.buffer import Kept, MicroTrajectory
+from megatron_sage.rollout.passes import Denoising, Recording, References, run
 from megatron_sage.rollout.policy import Network, Prompt, VideoShape
+from megatron_sage.rollout.transitions import StepTable, shard_error, step_noise, transition_log_prob
 
-
-@dataclass(frozen=True)
-class StepTable:
-    """The schedule and the three numbers of each step, as Python floats: they are exact float64 and never on a GPU."""
-
-    sigmas: tuple[float, ...]  # N + 1
-    a: tuple[float, ...]
-    b: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def build(cls, sigmas: torch.Tensor, coefficients: StepCoefficients) -> "StepTable":
-        """From `shifted_sigmas` and `step_coefficients`."""
-        columns = (sigmas, coefficients.sample, coefficients.velocity, coefficients.std)
-        return cls(*(tuple(column.tolist()) for column in columns))
-
-    @property
-    def trained_steps(self) -> list[int]:
-        """The steps with a log-probability: those with noise."""
-        return [i for i, std in enumerate(self.std) if std > 0]
-
-
-def shard_error(
-    x_SBC: torch.Tensor, y_SBC: torch.Tensor, shape: VideoShape, group: dist.ProcessGroup | None
-) -> torch.Tensor:
-    """Sum of (x - y)^2 over a whole video, float64 [B]: this rank's real tokens, then the ranks that share them.
-
-    `group` is the process group over which the tokens are split (CP, TP x CP under sequence parallelism), or None when
-    every rank holds all of them. Padding tokens sit at the end of a shard and are cut off before they count.
-    """
-    valid = shape.shard.valid
-    error_B = squared_error_sum(x_SBC[:valid], y_SBC[:valid])
-    return error_B if group is None else sum_over_shards(error_B, group)
-
-
-def transition_log_prob(
-    x_next_SBC: torch.Tensor, mean_SBC: torch.Tensor, std: float, shape: VideoShape, group: dist.ProcessGroup | None
-) -> torch.Tensor:
-    """log N(x'; mean, std^2), the mean over the D elements of each video, float64 [B]."""
-    return log_prob_from_error(shard_error(x_next_SBC, mean_SBC, shape, group), shape.elements, std)
-
-
-def step_noise(
-    shape: VideoShape, samples: list[int], seed: int, stream: int, group: int, step: int, device: torch.device
-) -> torch.Tensor:
-    """This rank's tokens of the noise of one step, float32 [S, B, C]."""
-    whole = noise.token_noise(shape.shard.num_tokens, shape.channels, samples, seed, stream, group, step)
-    return shape.shard.shard(whole).to(device)
+__all__ = [
+    "Flight",
+    "StepTable",
+    "final_latents",
+    "reference_velocities",
+    "rollout",
+    "sample_latents",
+    "shard_error",
+    "step_noise",
+    "transition_log_prob",
+]
 
 
 @dataclass(frozen=True)
@@ -73,92 +36,6 @@ class Flight:
     prompt: Prompt
 
 
-class _Denoising:
-    """The work of a rollout: see `parallel.pipeline.Work`. The last stage takes the steps, the first gets the latents.
-
-    Both hold the latents they need and no other stage holds any. The step's noise is drawn on the last stage alone.
-    """
-
-    def __init__(
-        self,
-        network: Network,
-        table: StepTable,
-        trajectories: list[MicroTrajectory],
-        whole_way: bool,
-        keep_velocity: bool,
-        noise_of: Callable[[MicroTrajectory, int], torch.Tensor],
-        token_group: dist.ProcessGroup | None,
-        on_step: Callable[[], None],
-    ) -> None:
-        self.network, self.table, self.trajectories, self.on_step = network, table, trajectories, on_step
-        self.whole_way, self.keep_velocity = whole_way, keep_velocity
-        self.noise_of, self.token_group = noise_of, token_group
-        self.velocities: dict[int, list[torch.Tensor]] = {}
-        self.present: list[torch.Tensor] = []  # of each flight: the latents where it is now
-        for trajectory in trajectories:
-            x_SBC = torch.empty(0)
-            if network.starts or network.ends:
-                x_SBC = self._stored(trajectory, 0, noise_of(trajectory, noise.INITIAL))
-            self.present.append(x_SBC)
-
-    def forward(self, task: Task, packed: torch.Tensor | None) -> torch.Tensor:
-        trajectory = self.trajectories[task.flight]
-        out = self.network.forward(
-            task.chunk,
-            self.present[task.flight],
-            self.table.sigmas[task.step],
-            trajectory.prompt,
-            task.branch,
-            len(trajectory.samples),
-            packed,
-        )
-        complete = task.branch == self.network.branches - 1
-        if self.network.ends and task.chunk == self.network.num_chunks - 1:
-            self.velocities.setdefault(task.flight, []).append(out)
-            if complete:
-                self._step(task, self.network.guided(self.velocities.pop(task.flight)))
-        if complete and task.chunk == self.network.num_chunks - 1:
-            self.on_step()
-        return out
-
-    def _step(self, task: Task, v_SBC: torch.Tensor) -> None:
-        trajectory, i = self.trajectories[task.flight], task.step
-        mean_SBC, std = step_mean(self.present[task.flight], v_SBC, self.table.a[i], self.table.b[i]), self.table.std[i]
-        if std == 0:
-            self.present[task.flight] = self._stored(trajectory, i + 1, mean_SBC)
-            return
-        x_SBC = step_sample(mean_SBC, std, self.noise_of(trajectory, i))
-        x_SBC = self._stored(trajectory, i + 1, x_SBC)
-        if self.whole_way:
-            trajectory.log_prob_B[i] = transition_log_prob(x_SBC, mean_SBC, std, self.network.shape, self.token_group)
-        if self.keep_velocity:
-            trajectory.velocity_SBC[i] = v_SBC
-        self.present[task.flight] = x_SBC
-
-    def _stored(self, trajectory: MicroTrajectory, step: int, x_SBC: torch.Tensor) -> torch.Tensor:
-        """The latents as they will be read back: what is scored, and what the next step starts from."""
-        x_SBC = trajectory.latents_SBC.rounded(x_SBC)
-        if self.whole_way:
-            trajectory.latents_SBC[step] = x_SBC
-        return x_SBC
-
-    def packed_like(self, task: Task) -> torch.Tensor:
-        trajectory = self.trajectories[task.flight]
-        return self.network.packed_like(trajectory.prompt, task.branch, len(trajectory.samples))
-
-    def _goes_on(self, task: Task) -> bool:
-        return task.branch == self.network.branches - 1 and task.step + 1 < len(self.table.std)
-
-    def result(self, task: Task) -> torch.Tensor | None:
-        return self.present[task.flight] if self._goes_on(task) else None
-
-    def result_like(self, task: Task) -> torch.Tensor | None:
-        return torch.empty_like(self.present[task.flight]) if self._goes_on(task) else None
-
-    def receive(self, task: Task, result: torch.Tensor) -> None:
-        self.present[task.flight] = self._stored(self.trajectories[task.flight], task.step + 1, result)
-
-
 @torch.no_grad()
 def rollout(
     network: Network,
@@ -168,20 +45,23 @@ def rollout(
     seed: int,
     token_group: dist.ProcessGroup | None,
     keep_velocity: bool = False,
+    conditional: bool = False,
     dtype: torch.dtype = torch.float32,
     offload: bool = False,
     on_step: Callable[[], None] = lambda: None,
 ) -> tuple[list[MicroTrajectory], Occupancy]:
-    """Denoise all flights, each from its own noise, and keep this rank's shard of the way.
+    """Denoise all flights, each from its own noise, and keep this rank's shard of what is trained on.
 
     Args:
         keep_velocity: keep the policy's velocities too.
+        conditional: log-probabilities (and velocities) of the conditional branch alone, whatever the guidance that
+            the steps are taken with.
         dtype: of the stored latents; they are rounded before they are scored.
         offload: let latents and velocities wait in host memory.
 
     Returns:
         A trajectory for each flight, and what this rank did in which slot. The log-probabilities are the last stage's
-        and shared with the others; latents are on the first and on the last.
+        and shared with the others; latents are on the first and on the last, around trained steps and at the end.
     """
     trajectories = [
         MicroTrajectory(
@@ -195,8 +75,8 @@ def rollout(
         for f in flights
     ]
     noise_of = partial(_noise, network.shape, seed, noise.ROLLOUT, network.device)
-    work = _Denoising(network, table, trajectories, True, keep_velocity, noise_of, token_group, on_step)
-    occupancy = _run(work, len(flights), len(table.std), chained=True)
+    work = Recording(network, table, trajectories, noise_of, on_step, token_group, keep_velocity, conditional)
+    occupancy = run(work, len(table.std), chained=True)
     _share_log_probs(network, table, trajectories)
     return trajectories, occupancy
 
@@ -213,9 +93,8 @@ def sample_latents(
 ) -> list[torch.Tensor]:
     """Only the finished latents, [S, B, C] on every stage: validation and `sample`."""
     trajectories = [MicroTrajectory(f.group, f.samples, f.prompt) for f in flights]
-    noise_of = partial(_noise, network.shape, seed, stream, network.device)
-    work = _Denoising(network, table, trajectories, False, False, noise_of, None, on_step)
-    _run(work, len(flights), len(table.std), chained=True)
+    work = Denoising(network, table, trajectories, partial(_noise, network.shape, seed, stream, network.device), on_step)
+    run(work, len(table.std), chained=True)
     return [_on_every_stage(network, x_SBC, f) for x_SBC, f in zip(work.present, flights, strict=True)]
 
 
@@ -226,51 +105,21 @@ def final_latents(network: Network, table: StepTable, trajectory: MicroTrajector
     return _on_every_stage(network, x_SBC, trajectory)
 
 
-class _References:
-    """The work of a reference pass: one forward of each branch for each trained step, in any order."""
-
-    def __init__(self, network: Network, table: StepTable, trajectories: list[MicroTrajectory]) -> None:
-        self.network, self.table, self.trajectories = network, table, trajectories
-        self.velocities: dict[tuple[int, int], list[torch.Tensor]] = {}
-
-    def forward(self, task: Task, packed: torch.Tensor | None) -> torch.Tensor:
-        trajectory, step = self.trajectories[task.flight], self.table.trained_steps[task.step]
-        x_SBC = trajectory.latents_SBC[step] if self.network.starts and task.chunk == 0 else None
-        sigma, batch = self.table.sigmas[step], len(trajectory.samples)
-        out = self.network.forward(task.chunk, x_SBC, sigma, trajectory.prompt, task.branch, batch, packed)
-        if self.network.ends and task.chunk == self.network.num_chunks - 1:
-            branches = self.velocities.setdefault((task.flight, step), [])
-            branches.append(out)
-            if len(branches) == self.network.branches:
-                trajectory.reference_SBC[step] = self.network.guided(self.velocities.pop((task.flight, step)))
-        return out
-
-    def packed_like(self, task: Task) -> torch.Tensor:
-        trajectory = self.trajectories[task.flight]
-        return self.network.packed_like(trajectory.prompt, task.branch, len(trajectory.samples))
-
-    def result(self, task: Task) -> None:
-        return None
-
-    def result_like(self, task: Task) -> None:
-        return None
-
-    def receive(self, task: Task, result: torch.Tensor) -> None:
-        raise AssertionError("a reference pass sends nothing back")
-
-
 @torch.no_grad()
-def reference_velocities(network: Network, table: StepTable, trajectories: list[MicroTrajectory]) -> Occupancy:
-    """Fill in the reference's velocity at every trained step, at the same micro-batch shape as the rollout."""
-    work = _References(network, table, trajectories)
-    return _run(work, len(trajectories), len(table.trained_steps), chained=False)
+def reference_velocities(
+    network: Network,
+    table: StepTable,
+    trajectories: Sequence[MicroTrajectory],
+    pairs: Sequence[tuple[int, int]] | None = None,
+) -> Occupancy:
+    """Fill in the reference's velocity at the same micro-batch shape as the rollout.
 
-
-def _run(work: "_Denoising | _References", flights: int, steps: int, chained: bool) -> Occupancy:
-    network = work.network
-    stages = 1 if network.group is None else network.group.size()
-    plan = plan_slots(flights, steps, network.branches, stages, network.num_chunks, chained)
-    return execute(plan, work, network.group, network.num_chunks)
+    `pairs`: (number of the trajectory, step); None: every trained step of every trajectory.
+    """
+    if pairs is None:
+        pairs = [(number, step) for step in table.trained_steps for number in range(len(trajectories))]
+    work = References(network, table, [(trajectories[number], step) for number, step in pairs])
+    return run(work, 1, chained=False)
 
 
 def _noise(

@@ -1,9 +1,10 @@
-"""The SAGE-GRPO loss of one micro-batch at one denoising step, from the policy's velocity.
+"""The SAGE-GRPO loss of (micro-batch, denoising step) pairs, from the policy's velocity.
 
 Everything a rank knows of a video is a shard of its tokens, so each quantity is a local sum of squares, summed once
 over the ranks that share the tokens; the loss is then the same number on each of them. Shapes: S tokens, B samples.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +13,12 @@ import torch.distributed as dist
 from megatron_sage.config import Config
 from megatron_sage.grpo.objective import policy_loss
 from megatron_sage.grpo.sde import step_mean
-from megatron_sage.grpo.trust_region import gaussian_kl_from_error, step_kl_log_prob
+from megatron_sage.grpo.trust_region import gaussian_kl_from_error, step_kl_log_prob, term_weights
 from megatron_sage.parallel.groups import Groups
 from megatron_sage.parallel.pipeline import share_from_last
 from megatron_sage.rollout.buffer import MicroTrajectory
 from megatron_sage.rollout.policy import VideoShape
-from megatron_sage.rollout.sampler import StepTable, shard_error, transition_log_prob
+from megatron_sage.rollout.transitions import StepTable, shard_error, transition_log_prob
 
 
 @dataclass(frozen=True)
@@ -31,42 +32,50 @@ class PairStatistics:
 
 
 class Objective:
-    """The loss function of a run: constants of the method, and the present lambda."""
+    """The loss function of a run: constants of the method, the steps of the iteration, and the present lambda."""
 
     def __init__(
-        self,
-        config: Config,
-        table: StepTable,
-        scales: list[float],
-        shape: VideoShape,
-        token_group: dist.ProcessGroup | None,
-        counts: bool = True,
+        self, config: Config, shape: VideoShape, token_group: dist.ProcessGroup | None, counts: bool = True
     ) -> None:
         """`counts`: whether this rank counts its pairs: of the context-parallel ranks that share them, one does."""
-        self.config, self.table, self.scales = config, table, scales
-        self.shape, self.token_group, self.counts = shape, token_group, counts
+        self.config, self.shape, self.token_group, self.counts = config, shape, token_group, counts
+        kl = config.kl
+        self.position_weight, self.velocity_weight = term_weights(kl.strategy, kl.position_weight, kl.velocity_weight)
         self.weight = 0.0  # lambda
 
-    def __call__(
-        self, v_SBC: torch.Tensor, trajectory: MicroTrajectory, step: int
-    ) -> tuple[torch.Tensor, torch.Tensor, PairStatistics]:
-        """(sum of the loss over the trained samples, their number as int32, statistics).
+    def use(self, table: StepTable, scales: list[float]) -> None:
+        """The numbers of each step, and its gradient scale, from now on."""
+        self.table, self.scales = table, scales
 
-        A sum, not a mean: Megatron divides the gradients by the number of pairs summed over DP x CP. The ranks of a CP
-        group have the same pairs, and their gradients, each of its own tokens, add up to one loss: one rank counts.
+    def __call__(
+        self, v_SBC: torch.Tensor, batch: Sequence[tuple[MicroTrajectory, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[PairStatistics]]:
+        """(sum of the loss over the trained samples, their number as int32, statistics of each pair).
+
+        `v_SBC` are the velocities of the (micro-batch, step) pairs of `batch`, side by side. A sum, not a mean:
+        Megatron divides the gradients by the number of samples summed over DP x CP. The ranks of a CP group have the
+        same pairs, and their gradients, each of its own tokens, add up to one loss: one rank counts.
         """
-        grpo = self.config.grpo
+        parts = v_SBC.split([len(trajectory.samples) for trajectory, _ in batch], dim=1)
+        found = [self._pair(part, trajectory, step) for part, (trajectory, step) in zip(parts, batch, strict=True)]
+        kept = sum(trajectory.trained_B.sum() for trajectory, _ in batch if trajectory.trained_B is not None)
+        count = torch.as_tensor(kept) if self.counts else torch.zeros_like(torch.as_tensor(kept))
+        loss = torch.stack([loss for loss, _ in found]).sum()
+        return loss, count.to(torch.int32), [statistics for _, statistics in found]
+
+    def _pair(
+        self, v_SBC: torch.Tensor, trajectory: MicroTrajectory, step: int
+    ) -> tuple[torch.Tensor, PairStatistics]:
+        grpo, table = self.config.grpo, self.table
         assert trajectory.advantage_B is not None and trajectory.trained_B is not None
-        a, b, std = self.table.a[step], self.table.b[step], self.table.std[step]
-        mean_SBC = step_mean(trajectory.latents_SBC[step], v_SBC, a, b)
-        new_B = transition_log_prob(trajectory.latents_SBC[step + 1], mean_SBC, std, self.shape, self.token_group)
+        mean_SBC = step_mean(trajectory.latents_SBC[step], v_SBC, table.a[step], table.b[step])
+        next_SBC, std = trajectory.latents_SBC[step + 1], table.std[step]
+        new_B = transition_log_prob(next_SBC, mean_SBC, std, self.shape, self.token_group, table.normalized)
         old_B = trajectory.log_prob_B[step]
         policy = policy_loss(new_B, old_B, trajectory.advantage_B, grpo.clip_range, grpo.advantage_clip)
         position_B, velocity_B = self._divergences(v_SBC, new_B, trajectory, step)
-        kl = self.config.kl
-        total_B = policy.loss * (self.scales[step] if grpo.equalizer else 1.0)
-        if kl.strategy != "none":
-            total_B = total_B + self.weight * (kl.position_weight * position_B + kl.velocity_weight * velocity_B)
+        divergence_B = self.position_weight * position_B + self.velocity_weight * velocity_B
+        total_B = policy.loss * self.scales[step] + self.weight * divergence_B
         # where, not a product: 0 * nan is nan, and a dropped sample must not reach the gradient
         kept = trajectory.trained_B
         terms = torch.stack([torch.ones_like(new_B), total_B, policy.loss, position_B, velocity_B, policy.clipped])
@@ -78,19 +87,22 @@ class Objective:
             torch.where(kept, ratio, torch.inf).min(),
             torch.where(kept, ratio, -torch.inf).max(),
         )
-        count = kept.sum() if self.counts else torch.zeros_like(kept.sum())
-        return sums[1], count.to(torch.int32), statistics
+        return sums[1], statistics
 
     def _divergences(
         self, v_SBC: torch.Tensor, new_B: torch.Tensor, trajectory: MicroTrajectory, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(position KL against the anchor, velocity KL against the rollout's policy), each [B]."""
-        if self.config.kl.strategy == "none":
-            return torch.zeros_like(new_B), torch.zeros_like(new_B)
-        position_B = self._closed_form(v_SBC, trajectory.reference_SBC[step], step)
-        if self.config.kl.step_kl == "logprob":
-            return position_B, step_kl_log_prob(trajectory.log_prob_B[step], new_B)
-        return position_B, self._closed_form(v_SBC, trajectory.velocity_SBC[step], step)
+        """(position KL, velocity KL against the rollout's policy), each [B]; 0 where it has no weight."""
+        position_B = velocity_B = torch.zeros_like(new_B)
+        if self.position_weight:
+            position_B = self._closed_form(v_SBC, trajectory.reference_SBC[step], step)
+        if self.velocity_weight and self.config.kl.step_kl == "closed_form":
+            velocity_B = self._closed_form(v_SBC, trajectory.velocity_SBC[step], step)
+        elif self.velocity_weight:
+            velocity_B = step_kl_log_prob(trajectory.log_prob_B[step], new_B)
+            if not self.table.normalized:  # put back what the log-probability left out, so that it is a KL again
+                velocity_B = velocity_B / (2 * self.table.std[step] ** 2)
+        return position_B, velocity_B
 
     def _closed_form(self, v_SBC: torch.Tensor, reference_SBC: torch.Tensor, step: int) -> torch.Tensor:
         error_B = shard_error(v_SBC, reference_SBC, self.shape, self.token_group)

@@ -18,7 +18,8 @@ from megatron_sage.parallel.context import choose_backend
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.reporting.report import write_report
 from megatron_sage.reporting.schedule import write_schedule
-from megatron_sage.rewards.protocol import load_reward
+from megatron_sage.rewards.composite import WithWatch
+from megatron_sage.rewards.protocol import Reward, load_reward
 from megatron_sage.training import state
 from megatron_sage.training.evaluation import evaluate
 from megatron_sage.training.metrics import MetricsLog, environment
@@ -48,7 +49,7 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
     texts = read_prompts(config.data.prompts)
     held_out = read_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
     prompts = encode_prompts(config, engine, [*texts, *held_out])
-    codec, reward = load_codec(config), load_reward(config.reward.function)
+    codec, reward = load_codec(config), build_reward(config)
     trainer = Trainer(engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter)
     validation = [prompts[t] for t in held_out]
     if config.training.resume:
@@ -70,6 +71,14 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
     if main:
         reporter.line(f"report: {write_report(directory)}")
     dist.barrier(group=dist.group.WORLD)
+
+
+def build_reward(config: Config) -> Reward:
+    """What is trained on, with what is only watched."""
+    reward = load_reward(config.reward.function)
+    if config.reward.watch is None:
+        return reward
+    return WithWatch(reward, load_reward(config.reward.watch, "reward.watch"))
 
 
 def _say_layout(config: Config, engine: Engine, reporter: Reporter) -> None:

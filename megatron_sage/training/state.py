@@ -52,6 +52,7 @@ def _plain_state(trainer: Trainer) -> dict[str, Any]:
         "controller": trainer.controller.state_dict(),
         "guard": trainer.guard.state_dict(),
         "cursor": trainer.cursor.state_dict(),
+        "reference": trainer.reference.kind,
     }
 
 
@@ -84,13 +85,18 @@ def load(trainer: Trainer, directory: Path) -> None:
     source = newest(directory)
     if source is None:
         raise UserError(f"training.resume=true: {directory} holds no checkpoint: set it to false for a new run")
+    plain = dist_checkpointing.load_common_state_dict(str(source))["plain"]
+    if plain["reference"] != trainer.reference.kind:
+        raise UserError(
+            f"kl.strategy={trainer.engine.config.kl.strategy}: {source} was saved with the position reference "
+            f"{plain['reference']}, this run's is {trainer.reference.kind}: keep kl.strategy and kl.position, or start anew"
+        )
     loaded = dist_checkpointing.load(_sharded_state(trainer, loading=True), str(source))
     for number, chunk in enumerate(trainer.engine.chunks):
         chunk.load_state_dict(loaded["policy"][str(number)])
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     if trainer.anchor is not None:
         trainer.anchor.load_state_dict(loaded["anchor"])
-    plain = dist_checkpointing.load_common_state_dict(str(source))["plain"]
     trainer.iteration = plain["iteration"]
     trainer.optimizer_steps = plain["optimizer_steps"]
     trainer.controller.load_state_dict(plain["controller"])

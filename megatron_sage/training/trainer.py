@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,26 +12,28 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_sage.anchor import HostAnchor
 from megatron_sage.conditioning.codec import VideoCodec
+from megatron_sage.config.schema import lambda_max
 from megatron_sage.data.prompts import PromptCursor
-from megatron_sage.engine import Engine, step_table
+from megatron_sage.engine import Engine, iteration_steps
 from megatron_sage.errors import UserError
 from megatron_sage.grpo.advantage import NonFiniteGuard, group_advantages
-from megatron_sage.grpo.equalizer import gradient_scales
 from megatron_sage.grpo.order import pair_order, split_updates
 from megatron_sage.grpo.trust_region import LambdaController
 from megatron_sage.parallel.pipeline import Occupancy, bubble_fraction
 from megatron_sage.reporting.progress import Reporter
-from megatron_sage.rewards.composite import weighted
+from megatron_sage.rewards.composite import WATCH, weighted
 from megatron_sage.rewards.protocol import Reward
 from megatron_sage.rollout.buffer import MicroTrajectory
 from megatron_sage.rollout.policy import Prompt
-from megatron_sage.rollout.sampler import Flight, final_latents, reference_velocities, rollout
+from megatron_sage.rollout.sampler import Flight, final_latents, rollout
 from megatron_sage.rollout.scoring import score
-from megatron_sage.training.loss import Objective, PairStatistics, share_statistics, summarise
+from megatron_sage.training.loss import Objective, PairStatistics, summarise
+from megatron_sage.training.noise_floor import NoiseFloor, measure, replayed_pairs
+from megatron_sage.training.reference import Reference
+from megatron_sage.training.replay import Replay
 
 LATENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,29 +51,29 @@ class Trainer:
         reward: Reward,
         reporter: Reporter,
     ) -> None:
-        config = engine.config
-        self.engine, self.ddp, self.optimizer = engine, ddp, optimizer
+        config, kl = engine.config, engine.config.kl
+        self.engine, self.optimizer = engine, optimizer
         self.prompts, self.codec, self.reward, self.reporter = prompts, codec, reward, reporter
-        sampler, kl = config.sampler, config.kl
-        self.table, coefficients = step_table(sampler.sde_type, sampler.num_steps, sampler.shift, sampler.eta)
-        scales = gradient_scales(coefficients).tolist()
-        counts = engine.groups.cp_rank == 0
-        self.objective = Objective(config, self.table, scales, engine.shape, engine.token_group, counts)
-        self.anchor = HostAnchor(engine.chunks) if kl.strategy != "none" else None
+        self.objective = Objective(config, engine.shape, engine.token_group, counts=engine.groups.cp_rank == 0)
+        self.replay = Replay(engine, ddp, optimizer, self.objective)
+        self.reference = Reference(engine)
         self.controller = LambdaController(
-            kl.schedule, kl.lambda_min, kl.lambda_max, kl.warmup_steps, kl.window, kl.target, kl.gain, kl.feedback
+            kl.schedule, kl.lambda_min, lambda_max(kl), kl.warmup_steps, kl.window, kl.target, kl.gain, kl.feedback
         )
         self.guard = NonFiniteGuard()
         self.cursor = PromptCursor(len(prompts), config.grpo.prompts_per_iteration, config.seed)
         self.iteration = 0
         self.optimizer_steps = 0
+        self.noise_floor: NoiseFloor | None = None  # measured in the first iteration of every process
         self._seconds: dict[str, float] = {}
         self.schedule = Occupancy()  # of the last rollout, on this rank
+        self._choose_steps()
 
     def run_iteration(self) -> tuple[dict[str, Any], bool]:
         """Metrics of one iteration, and whether too many rewards were non-finite for too long."""
         begin = time.perf_counter()
         self._seconds = {}
+        self._choose_steps()
         trajectories, pipeline = self._roll_out()
         rewards, row, stop = self._score(trajectories)
         row |= pipeline
@@ -82,6 +84,16 @@ class Trainer:
         row |= {f"seconds/{name}": round(value, 4) for name, value in self._seconds.items()}
         row["seconds/total"] = round(time.perf_counter() - begin, 4)
         return row, stop
+
+    @property
+    def anchor(self) -> HostAnchor | None:
+        """The position reference's weights on this rank, part of the state of a run."""
+        return self.reference.anchor
+
+    def _choose_steps(self) -> None:
+        """The numbers of the iteration's steps: which of them draw noise may change with sampler.sde_window."""
+        self.table, scales = iteration_steps(self.engine.config, self.iteration)
+        self.objective.use(self.table, scales)
 
     @contextmanager
     def _phase(self, name: str, total: int) -> Iterator[Any]:
@@ -109,12 +121,13 @@ class Trainer:
         engine.eval()
         with self._phase("rollout", len(flights) * config.sampler.num_steps) as tick:
             trajectories, self.schedule = rollout(
-                engine.network(),
+                engine.rollout_network(),
                 self.table,
                 flights,
                 seed=config.seed,
                 token_group=engine.token_group,
-                keep_velocity=config.kl.strategy != "none" and config.kl.step_kl == "closed_form",
+                keep_velocity=self.objective.velocity_weight > 0 and config.kl.step_kl == "closed_form",
+                conditional=config.grpo.cfg_in_training == "distilled",
                 dtype=LATENT_DTYPES[config.sampler.latent_dtype],
                 offload=config.sampler.offload_trajectories,
                 on_step=tick,
@@ -146,7 +159,9 @@ class Trainer:
         row: dict[str, Any] = {"reward/nonfinite": int((~finite).sum())}
         if finite.any():
             row |= {"reward/mean": float(kept[0].mean()), "reward/std": float(kept[0].std())}
-            row |= {f"reward/{name}": float(v.mean()) for name, v in zip(self.reward.dimensions, kept[1:], strict=True)}
+            for name, values in zip(self.reward.dimensions, kept[1:], strict=True):
+                key = name if name.startswith(WATCH) else f"reward/{name}"
+                row[key] = float(values.mean())  # a watched one is nan where it did not score a video: it says so
         stop = self.guard.update(int((~finite).sum()), finite.size)
         return rewards.reshape(-1, config.grpo.group_size), row, stop
 
@@ -170,12 +185,12 @@ class Trainer:
         row |= dict(zip(("reward/zero_std_groups", "reward/dropped_groups"), counts.tolist(), strict=True))
 
     def _reference_pass(self, trajectories: list[MicroTrajectory]) -> None:
-        """The anchor's velocities at every trained step, with the rollout's micro-batches."""
-        if self.anchor is None:
+        """The reference's velocities at every trained step, where they belong to the rollout phase."""
+        if self.anchor is None or self.engine.config.kl.phase == "training":
             self._seconds["reference"] = 0.0
             return
-        with self._phase("reference", 1) as tick, self.anchor.swapped_in(self.engine.chunks):
-            reference_velocities(self.engine.network(), self.table, trajectories)
+        with self._phase("reference", 1) as tick:
+            self.reference.velocities(self.table, trajectories)
             tick()
 
     def _update(self, trajectories: list[MicroTrajectory]) -> dict[str, Any]:
@@ -191,11 +206,14 @@ class Trainer:
         updates = split_updates(order, config.grpo.updates_per_rollout)
         statistics: list[PairStatistics] = []
         norms: list[float] = []
-        weight = self.controller.value
+        weight = self.objective.weight = self.controller.value
+        if self.noise_floor is None:
+            self._measure_noise_floor(trajectories)
         with self._phase("train", len(order)) as tick:
             for number, pairs in enumerate(updates):
                 self.objective.weight = self.controller.value
-                found = self._accumulate(trajectories, pairs, tick)
+                with self.reference.during(self.table, trajectories, pairs):
+                    found = self.replay.gradients(trajectories, pairs, tick)
                 statistics += found
                 if number == 0:
                     first = found
@@ -205,44 +223,23 @@ class Trainer:
         mean_norm = sum(norms) / len(norms) if norms else 0.0
         return row | {"lambda": weight, "grad_norm": mean_norm, "lr": lr, "optimizer_steps": self.optimizer_steps}
 
-    def _accumulate(
-        self, trajectories: list[MicroTrajectory], pairs: list[tuple[int, int]], tick: Any
-    ) -> list[PairStatistics]:
-        """Forward and backward of one optimizer step's pairs through Megatron's schedule."""
-        engine, groups = self.engine, self.engine.groups
-        engine.train()
-        for chunk in self.ddp:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        network, settings = engine.network(), engine.model_config
-        # one size for all micro-batches of the update: that of its longest text
-        length = max(network.all_packed_tokens(trajectories[number].prompt) for number, _ in pairs)
-
-        def forward_step(
-            iterator: Iterator[tuple[int, int]], model: DistributedDataParallel
-        ) -> tuple[torch.Tensor, Any]:
-            number, step = next(iterator)
-            trajectory, chunk = trajectories[number], model.module
-            x_SBC = trajectory.latents_SBC[step] if chunk.pre_process else None
-            sigma, batch = self.table.sigmas[step], len(trajectory.samples)
-            out = network.train_forward(model, chunk.vp_stage, x_SBC, sigma, trajectory.prompt, batch, length)
-            if chunk.vp_stage == network.num_chunks - 1:
-                tick()
-            return out, partial(self.objective, trajectory=trajectory, step=step)
-
-        interleaved = settings.virtual_pipeline_model_parallel_size
-        iterators = [iter(pairs) for _ in self.ddp]
-        statistics = get_forward_backward_func(groups.pp_size, interleaved)(
-            forward_step_func=forward_step,
-            data_iterator=iterators if interleaved else iterators[0],
-            model=self.ddp,
-            num_microbatches=len(pairs),
-            # Megatron divides by these again: what a stage sends is `length` tokens
-            seq_length=length * groups.cp_size * (groups.tp_size if settings.sequence_parallel else 1),
-            micro_batch_size=engine.config.sampler.micro_batch,
-            forward_only=False,
-        )
-        return share_statistics(statistics, len(pairs), groups, engine.device)
+    def _measure_noise_floor(self, trajectories: list[MicroTrajectory]) -> None:
+        """Replay part of the rollout through the training path before anything is learnt; nothing is kept of it."""
+        config, groups = self.engine.config, self.engine.groups
+        stages = groups.pp_size if self.engine.model_config.virtual_pipeline_model_parallel_size else 1
+        pairs = replayed_pairs(len(trajectories), self.table.trained_steps, config.grpo.replay_batch, stages)
+        with self._phase("noise floor", len(pairs)) as tick:
+            with self.reference.during(self.table, trajectories, pairs):
+                found = self.replay.gradients(trajectories, pairs, tick)
+            self.replay.clear()
+        floor = measure(config, self.iteration, self.table.sigmas, pairs, found, groups)
+        if floor is None:  # no sample with a finite reward: the next iteration measures it
+            return
+        self.noise_floor = floor
+        if groups.rank == 0:
+            floor.write(Path(config.output_dir))
+        self.reporter.line(floor.line())
+        floor.check(config.grpo.allow_clip_below_floor)
 
     def _step(self, statistics: list[PairStatistics]) -> list[float]:
         """One optimizer step, then lambda and anchor; nothing happens where every sample was dropped."""
@@ -263,9 +260,8 @@ class Trainer:
             group["lr"] = settings.lr * min(1.0, (self.optimizer_steps + 1) / max(1, settings.warmup_steps))
         self.optimizer.step()
         self.optimizer_steps += 1
-        kl = self.engine.config.kl
-        if kl.strategy != "none":
-            self.controller.update((kl.position_weight * position + kl.velocity_weight * velocity) / count)
-        if self.anchor is not None and self.optimizer_steps % kl.anchor_interval == 0:
-            self.anchor.refresh(self.engine.chunks)
+        if self.engine.config.kl.strategy != "none":
+            weights = self.objective.position_weight, self.objective.velocity_weight
+            self.controller.update((weights[0] * position + weights[1] * velocity) / count)
+        self.reference.after_step(self.optimizer_steps)
         return [norm]

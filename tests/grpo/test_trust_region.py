@@ -141,7 +141,7 @@ def test_a_state_of_another_schedule_is_refused():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"kind": "milder"},
+        {"kind": "mild"},
         {"feedback": "up"},
         {"lambda_min": 2e-5},
         {"lambda_min": -1.0},
