@@ -17,10 +17,13 @@ from megatron_sage.errors import UserError
 
 # command: (module whose main(argv) runs it, what it does)
 COMMANDS = {
-    "train": ("", "improve a model by SAGE-GRPO: train [CONFIG] key=value ..."),
+    "train": ("", "improve a model by SAGE-GRPO: train [--recipe NAME] [CONFIG] key=value ..."),
     "sample": ("megatron_sage.generate", "make videos from prompts"),
     "convert": ("megatron_sage.checkpoint.convert", "convert checkpoints between Hugging Face, official and Megatron"),
     "verify": ("megatron_sage.verify", "compare the model with diffusers' on the same weights and inputs"),
+    "recipes": ("megatron_sage.recipes", "list the named runs, or show one: recipes show NAME"),
+    "figures": ("megatron_sage.figures.command", "draw the method's figures: figures NAME"),
+    "study": ("megatron_sage.study.command", "compare samplers, KL strategies and schedules on the tiny world"),
     "report": ("megatron_sage.reporting.report", "write a run's report.html"),
     "doctor": ("megatron_sage.doctor", "say what this machine has and what will be used"),
 }
@@ -75,12 +78,14 @@ def _parse(argv: list[str]) -> tuple[str, list[str]]:
 
 def _train(argv: list[str]) -> int:
     from megatron_sage.config import dump, load_config, validate
+    from megatron_sage.recipes import recipe
 
     parser = _Parser(
         prog="megatron-sage train",
         description="Improve a model by SAGE-GRPO. Alone, or: torchrun --nproc-per-node N -m megatron_sage train ...",
         epilog="Example: megatron-sage train examples/quickstart/quickstart.yaml training.iterations=3",
     )
+    parser.add_argument("--recipe", metavar="NAME", help="start from a named run; `megatron-sage recipes list`")
     parser.add_argument("settings", metavar="CONFIG key=value", nargs="*", help="YAML file, then dotted overrides")
     parser.add_argument(
         "--print-config", action="store_true", help="check and print the whole configuration, then stop"
@@ -89,7 +94,8 @@ def _train(argv: list[str]) -> int:
     paths = [text for text in options.settings if "=" not in text]
     if len(paths) > 1:
         raise UserError(f"{paths[1]}: one configuration file at most ({paths[0]} is one); overrides are key=value")
-    config = load_config(paths[0] if paths else None, [text for text in options.settings if "=" in text])
+    base = recipe(options.recipe) if options.recipe else None
+    config = load_config(paths[0] if paths else None, [text for text in options.settings if "=" in text], base)
     validate(config, _environment_number("WORLD_SIZE", 1))
     if options.print_config:
         if _environment_number("RANK", 0) == 0:

@@ -61,6 +61,11 @@ class Engine:
         """The policy as it is trained, and as the reference is asked: both branches, or the conditional one."""
         return self.network(None if self.config.grpo.cfg_in_training == "on" else 1.0)
 
+    def networks(self) -> dict[str, Network]:
+        """Phase -> the policy as it is run there."""
+        training = self.training_network()
+        return {"rollout": self.rollout_network(), "reference pass": training, "training": training}
+
     def eval(self) -> None:
         """All chunks."""
         for chunk in self.chunks:

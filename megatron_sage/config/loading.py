@@ -24,13 +24,15 @@ COMMAND_LINE = "command line"
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
-    """Defaults, then the YAML file, then the overrides (`sampler.num_steps=10`, `reward.weights.TA=2`), in this order.
+def load_config(
+    path: str | Path | None = None, overrides: list[str] | None = None, base: Config | None = None
+) -> Config:
+    """`base` (the defaults), then the YAML file, then the overrides (`sampler.num_steps=10`, `reward.weights.TA=2`).
 
     Raises UserError, one line, for an unknown key, a wrong type or an unreadable file. What the values may be is
     `validate`'s part.
     """
-    tree = dataclasses.asdict(Config())
+    tree = dataclasses.asdict(base or Config())
     origins: dict[str, str] = {}
     if path is not None:
         _merge(Config, tree, _read_yaml(Path(path)), "", str(path), origins)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_sage.config.layout import check_model_layout, check_schedule, check_world, chunks_of_stage
+from megatron_sage.config.layout import check_model_layout, check_schedule, check_world
 from megatron_sage.config.loading import bind, nearest
 from megatron_sage.config.schema import Config, lambda_max
 from megatron_sage.errors import UserError
@@ -142,6 +142,8 @@ def _check_video(config: Config) -> None:
 
 def _check_method(config: Config) -> None:
     kl = config.kl
+    if config.training.iterations == 0 and config.evaluation.prompts is None:
+        _refuse("training.iterations", 0, "only evaluates, and there is nothing to: name evaluation.prompts")
     if kl.lambda_min > lambda_max(kl):
         _refuse("kl.lambda_min", kl.lambda_min, f"must not be above kl.lambda_max={lambda_max(kl)}")
     if kl.strategy == "dual" and not (kl.position_weight or kl.velocity_weight):

@@ -51,8 +51,8 @@ class LambdaController:
     """Weight of the KL term, updated once after every optimizer step.
 
     ``fixed``: always ``lambda_max``. ``milder``: linear warm-up from ``lambda_min`` to ``lambda_max`` over
-    ``warmup_steps`` updates, then constant (give it a lower ``lambda_max``). ``two_stage``: linear warm-up from ``lambda_min`` to ``lambda_max`` over
-    ``warmup_steps`` updates, then, with e = (mean of the last ``window`` KL values - target) / target,
+    ``warmup_steps`` updates, then constant (give it a lower ``lambda_max``). ``two_stage``: the same warm-up, then,
+    with e = (mean of the last ``window`` KL values - target) / target,
     lambda <- clip(lambda (1 -+ gain clip(e, -1, 1)), lambda_min, lambda_max). ``feedback="relax"`` (minus; the paper's
     appendix A.6 as written) lowers lambda while the KL is above its target; ``"tighten"`` (plus; PPO's rule) raises it.
     """

@@ -22,6 +22,7 @@ class RunRecord:
     environment: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)  # of the last rollout's pipeline
+    noise_floor: dict[str, Any] = field(default_factory=dict)  # of the ratio, measured before the first update
     notes: tuple[str, ...] = ()  # what the reader of the page should know about the files
 
     def column(self, key: str) -> list[float]:
@@ -65,6 +66,7 @@ def load_record(directory: str | Path) -> RunRecord:
         environment=_read_object(directory / "environment.json"),
         evaluation=_checked_evaluation(directory / "evaluation.json"),
         schedule=_checked_schedule(directory / "pipeline_schedule.json"),
+        noise_floor=_checked_noise_floor(directory / "noise_floor.json"),
         notes=tuple(notes),
     )
 
@@ -115,6 +117,17 @@ def _checked_schedule(path: Path) -> dict[str, Any]:
     if not sound or (tasks and not isinstance(schedule.get("stages"), int)):
         raise UserError(f"{path}: expected stages and tasks of six numbers each; delete it to leave the figure out")
     return schedule
+
+
+def _checked_noise_floor(path: Path) -> dict[str, Any]:
+    floor = _read_object(path)
+    steps = floor.get("steps", {})
+    sound = isinstance(steps, dict) and all(
+        step.isdigit() and math.isfinite(_number(value)) for step, value in steps.items()
+    )
+    if not sound or bool(floor) != bool(steps):
+        raise UserError(f"{path}: expected the difference of each step as a number; delete it to leave the figure out")
+    return floor
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from megatron_sage.reporting import sections
+from megatron_sage.reporting.curves import curves
 from megatron_sage.reporting.record import RunRecord, load_record
 from megatron_sage.reporting.schedule import schedule_section
 from megatron_sage.reporting.style import CSS
@@ -44,7 +45,7 @@ def page(run: RunRecord) -> str:
 <header><p class="run">megatron_sage · run report</p><h1>{escape(name)}</h1>{sections.summary(run)}{notes}</header>
 {sections.headline(run)}
 {sections.gallery(run)}
-{sections.curves(run)}
+{curves(run)}
 {schedule_section(run.schedule)}
 {sections.facts(run)}
 <footer class="soft">Written {written} from the files of this run directory.</footer>

@@ -9,19 +9,9 @@ from typing import Any
 import numpy as np
 
 from megatron_sage.errors import UserError
-from megatron_sage.reporting.figures import (
-    Series,
-    change_bars,
-    line_chart,
-    number,
-    running_mean,
-    signed,
-    stacked_bars,
-)
+from megatron_sage.reporting.figures import number, signed
 from megatron_sage.reporting.record import RunRecord
 
-NOT_DIMENSIONS = {"mean", "std", "nonfinite", "zero_std_groups", "dropped_groups"}
-PHASES = ("rollout", "decode", "reward", "reference", "train")
 MEANINGS = {"VQ": "visual quality", "MQ": "motion quality", "TA": "text alignment"}
 
 
@@ -152,96 +142,6 @@ def _clip(run: RunRecord, label: str, sample: dict[str, Any]) -> str:
     reward = f" · reward <b>{number(_value(sample.get('reward')), 3, strip=False)}</b>" if "reward" in sample else ""
     detail = "<br>" + " · ".join(scores) if scores else ""
     return f"<figure>{shown}<figcaption>{label}{reward}{detail}</figcaption></figure>"
-
-
-def curves(run: RunRecord) -> str:
-    """All charts of metrics.jsonl."""
-    x, column = run.iterations, run.column
-    window = max(3, len(x) // 10)
-    reward = column("reward/mean")
-    dimensions = [key for key in run.keys("reward/") if key.removeprefix("reward/") not in NOT_DIMENSIONS]
-    phases = [f"seconds/{name}" for name in PHASES]
-    phases += [key for key in run.keys("seconds/") if key not in phases and key != "seconds/total"]
-    phases = [key for key in phases if any(math.isfinite(v) and v > 0 for v in column(key))]
-
-    def short(key: str) -> str:
-        return key.rpartition("/")[2]
-
-    charts = [
-        (
-            "Training reward",
-            "mean ± standard deviation of an iteration's samples; bold: running mean",
-            line_chart(
-                [
-                    Series("reward", x, reward, 0, column("reward/std"), faint=True),
-                    Series(f"running mean of {window}", x, running_mean(reward, window), 0),
-                ]
-            ),
-        ),
-        (
-            "Reward by dimension",
-            f"running mean of {window} iterations",
-            line_chart(
-                [
-                    s
-                    for i, key in enumerate(dimensions)
-                    for s in (
-                        Series(short(key), x, column(key), i % 6, faint=True),
-                        Series(short(key), x, running_mean(column(key), window), i % 6),
-                    )
-                ]
-            ),
-        ),
-        (
-            "Loss",
-            "policy loss, and with λ·KL",
-            line_chart([Series("loss", x, column("loss"), 0), Series("policy", x, column("loss/policy"), 1)]),
-        ),
-        (
-            "KL",
-            "of the policy against its moving anchor (position) and against the policy of the rollout (velocity)",
-            line_chart([Series(name, x, column(f"kl/{name}"), i) for i, name in enumerate(("position", "velocity"))]),
-        ),
-        ("λ, weight of the KL", "", line_chart([Series("λ", x, column("lambda"), 0)])),
-        ("Gradient norm", "before clipping", line_chart([Series("gradient norm", x, column("grad_norm"), 0)])),
-        (
-            "Probability ratio − 1",
-            "of the updated to the sampling policy, over all trained samples and steps",
-            line_chart(
-                [
-                    Series(name, x, [value - 1 for value in column(f"ratio/{name}")], i)
-                    for i, name in enumerate(("mean", "min", "max"))
-                ]
-            ),
-        ),
-        (
-            "Clip fraction",
-            "share of (sample, step) pairs outside the clip range",
-            line_chart([Series("clip fraction", x, column("clip_fraction"), 0)]),
-        ),
-        ("Seconds by phase", "", stacked_bars(x, [(short(key), column(key)) for key in phases])),
-    ]
-    changes = _changes(run)
-    if changes:
-        charts.insert(1, ("Change of each held-out sample", "reward after − before", change_bars(changes)))
-    cards = "".join(
-        f'<div class="card chart"><h3>{escape(title)}</h3>'
-        + (f'<p class="note">{escape(note)}</p>' if note else "")
-        + chart
-        + "</div>"
-        for title, note, chart in charts
-    )
-    return f'<h2>Curves</h2><div class="grid">{cards}</div>'
-
-
-def _changes(run: RunRecord) -> list[tuple[str, float]]:
-    befores, afters = (run.evaluation.get(label, {}).get("samples", []) for label in ("before", "after"))
-    if len(befores) != len(afters):
-        return []
-    return [
-        (str(new.get("prompt", "")), _value(new.get("reward")) - _value(old.get("reward")))
-        for old, new in zip(befores, afters, strict=True)
-    ]
 
 
 def facts(run: RunRecord) -> str:

@@ -32,9 +32,7 @@ def load_reward(path: str, key: str = "reward.function", **settings: Any) -> Rew
     """
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
-        raise UserError(
-            f"{key}={path!r}: expected 'module:name', e.g. 'megatron_sage.rewards.shapes:ShapesReward'"
-        )
+        raise UserError(f"{key}={path!r}: expected 'module:name', e.g. 'megatron_sage.rewards.shapes:ShapesReward'")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

@@ -93,7 +93,9 @@ def sample_latents(
 ) -> list[torch.Tensor]:
     """Only the finished latents, [S, B, C] on every stage: validation and `sample`."""
     trajectories = [MicroTrajectory(f.group, f.samples, f.prompt) for f in flights]
-    work = Denoising(network, table, trajectories, partial(_noise, network.shape, seed, stream, network.device), on_step)
+    work = Denoising(
+        network, table, trajectories, partial(_noise, network.shape, seed, stream, network.device), on_step
+    )
     run(work, len(table.std), chained=True)
     return [_on_every_stage(network, x_SBC, f) for x_SBC, f in zip(work.present, flights, strict=True)]
 

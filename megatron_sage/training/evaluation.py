@@ -28,10 +28,27 @@ SCALE = 6  # pixels of the written clip for each pixel of a tiny one
 def evaluate(
     label: str, engine: Engine, prompts: list[Prompt], codec: VideoCodec, reward: Reward, reporter: Reporter
 ) -> None:
-    """Sample every held-out prompt by the ODE, score the videos, write clips and `evaluation.json` in the run.
+    """Score held-out samples, write clips and `evaluation.json` in the run. All ranks call."""
+    config, groups = engine.config, engine.groups
+    rows, videos = held_out(label, engine, prompts, codec, reward, reporter)
+    _write_clips(label, engine, videos, len(prompts))
+    everyone: list[Any] = [None] * groups.dp_size
+    torch.distributed.all_gather_object(everyone, rows, group=groups.dp)
+    if groups.rank == 0:
+        ordered = sorted(itertools.chain(*everyone), key=lambda row: row["index"])
+        _record(Path(config.output_dir), label, ordered, config.evaluation)
 
-    The noise depends on (seed, prompt number, sample) alone, so "before" and "after" differ by the weights only.
-    Prompts are spread over the model replicas; a replica's videos over its ranks.
+
+def held_out(
+    label: str, engine: Engine, prompts: list[Prompt], codec: VideoCodec, reward: Reward, reporter: Reporter
+) -> tuple[list[dict[str, Any]], dict[int, np.ndarray]]:
+    """Sample every held-out prompt of this replica by the ODE and score the videos.
+
+    The noise depends on (seed, prompt number, sample) alone, so two calls differ by the weights only. Prompts are
+    spread over the model replicas; a replica's videos over its ranks.
+
+    Returns:
+        A row for each video of the replica (index, prompt, reward, every dimension), and this rank's decoded ones.
     """
     config, groups = engine.config, engine.groups
     settings = config.evaluation
@@ -41,30 +58,22 @@ def evaluate(
     samples = list(range(settings.samples_per_prompt))
     engine.eval()
     flights = [Flight(number, samples, prompts[number]) for number in mine]
+    if not flights:
+        return [], {}
     with reporter.bar(f"evaluate {label}", len(flights) * settings.num_steps) as tick:
         latents = sample_latents(
             engine.network(), table, flights, seed=config.seed, stream=noise.EVALUATION, on_step=tick
         )
     texts = [prompts[number].text for number in mine for _ in samples]
-    rows: list[dict[str, Any]] = []
-    if latents:
-        scores = score(
-            latents, texts, engine.shape, codec, reward, config.video.fps, engine.token_group, groups.replica
-        )
-        rewards = weighted(scores.dimensions, config.reward.weights)
-        numbers = [number * len(samples) + sample for number in mine for sample in samples]
-        rows = [
-            {"index": index, "prompt": texts[row], "reward": float(rewards[row])}
-            | {name: float(values[row]) for name, values in scores.dimensions.items()}
-            for row, index in enumerate(numbers)
-        ]
-        _write_clips(label, engine, {numbers[row]: video for row, video in scores.videos.items()}, len(prompts))
-    everyone: list[Any] = [None] * groups.dp_size
-    torch.distributed.all_gather_object(everyone, rows, group=groups.dp)
-    if groups.rank == 0:
-        _record(
-            Path(config.output_dir), label, sorted(itertools.chain(*everyone), key=lambda row: row["index"]), settings
-        )
+    scores = score(latents, texts, engine.shape, codec, reward, config.video.fps, engine.token_group, groups.replica)
+    rewards = weighted(scores.dimensions, config.reward.weights)
+    numbers = [number * len(samples) + sample for number in mine for sample in samples]
+    rows = [
+        {"index": index, "prompt": texts[row], "reward": float(rewards[row])}
+        | {name: float(values[row]) for name, values in scores.dimensions.items()}
+        for row, index in enumerate(numbers)
+    ]
+    return rows, {numbers[row]: video for row, video in scores.videos.items()}
 
 
 def shown(index: int, settings: EvaluationConfig, num_prompts: int) -> bool:
@@ -106,6 +115,13 @@ def _record(directory: Path, label: str, rows: list[dict[str, Any]], settings: E
         change = by_prompt - before
         content["difference"] = {"mean": float(change.mean()), "stderr": standard_error(change)}
     file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def describe_evaluation(directory: Path) -> str:
+    """The first evaluation in one line."""
+    before = json.loads((directory / "evaluation.json").read_text())["before"]
+    parts = [f"reward {before['mean']:.4f} ± {before['stderr']:.4f}"]
+    return ", ".join(parts + [f"{name} {value:.4f}" for name, value in before["per_dimension"].items()])
 
 
 def prompt_means(rows: list[dict[str, Any]], samples_per_prompt: int) -> np.ndarray:

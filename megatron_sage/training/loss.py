@@ -63,9 +63,7 @@ class Objective:
         loss = torch.stack([loss for loss, _ in found]).sum()
         return loss, count.to(torch.int32), [statistics for _, statistics in found]
 
-    def _pair(
-        self, v_SBC: torch.Tensor, trajectory: MicroTrajectory, step: int
-    ) -> tuple[torch.Tensor, PairStatistics]:
+    def _pair(self, v_SBC: torch.Tensor, trajectory: MicroTrajectory, step: int) -> tuple[torch.Tensor, PairStatistics]:
         grpo, table = self.config.grpo, self.table
         assert trajectory.advantage_B is not None and trajectory.trained_B is not None
         mean_SBC = step_mean(trajectory.latents_SBC[step], v_SBC, table.a[step], table.b[step])

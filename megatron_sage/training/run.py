@@ -21,7 +21,7 @@ from megatron_sage.reporting.schedule import write_schedule
 from megatron_sage.rewards.composite import WithWatch
 from megatron_sage.rewards.protocol import Reward, load_reward
 from megatron_sage.training import state
-from megatron_sage.training.evaluation import evaluate
+from megatron_sage.training.evaluation import describe_evaluation, evaluate
 from megatron_sage.training.metrics import MetricsLog, environment
 from megatron_sage.training.optimizer import build_optimizer, wrap
 from megatron_sage.training.trainer import Trainer
@@ -58,6 +58,10 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
     _say_layout(config, engine, reporter)
     if validation and trainer.iteration == 0:
         evaluate("before", engine, validation, codec, reward, reporter)
+    if config.training.iterations == 0:
+        if main:
+            reporter.line(f"{directory / 'evaluation.json'}: {describe_evaluation(directory)}")
+        return
     _iterate(config, trainer, log, reporter)
     if groups.pp_size > 1:
         write_schedule(trainer.schedule, groups.pp, directory)
@@ -84,6 +88,11 @@ def build_reward(config: Config) -> Reward:
 def _say_layout(config: Config, engine: Engine, reporter: Reporter) -> None:
     groups, settings = engine.groups, engine.model_config
     parameters = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
+    forwards = {part: network.branches for part, network in engine.networks().items()}
+    reporter.line(
+        f"guidance {config.sampler.guidance_scale}, cfg_in_training {config.grpo.cfg_in_training}: "
+        + ", ".join(f"{count} forward{'s' * (count > 1)} a step in the {part}" for part, count in forwards.items())
+    )
     reporter.line(
         f"{config.name}: {groups.world_size} ranks = TP {groups.tp_size} x CP {groups.cp_size} x PP {groups.pp_size} x "
         f"DP {groups.dp_size}; {parameters:,} parameters on this one; {engine.shape.shard.num_tokens} video tokens, "

@@ -89,7 +89,7 @@ def load(trainer: Trainer, directory: Path) -> None:
     if plain["reference"] != trainer.reference.kind:
         raise UserError(
             f"kl.strategy={trainer.engine.config.kl.strategy}: {source} was saved with the position reference "
-            f"{plain['reference']}, this run's is {trainer.reference.kind}: keep kl.strategy and kl.position, or start anew"
+            f"{plain['reference']}, this run's is {trainer.reference.kind}: keep it, or start anew"
         )
     loaded = dist_checkpointing.load(_sharded_state(trainer, loading=True), str(source))
     for number, chunk in enumerate(trainer.engine.chunks):
