@@ -52,21 +52,23 @@ def test_all_makes_every_figure(tmp_path, monkeypatch, capsys):
     called = []
 
     def fake(name):
-        def make(out):
-            called.append((name, out))
+        def make(out, study):
+            called.append((name, out, study))
             return [out / name]
 
         return make
 
     monkeypatch.setattr(command, "FIGURES", {name: (fake(name), "") for name in FIGURES})
     assert command.main(["all", "--out", str(tmp_path)]) == 0
-    assert called == [(name, tmp_path) for name in FIGURES]
+    assert called == [(name, tmp_path, Path("docs/study")) for name in FIGURES]
     assert len(capsys.readouterr().out.splitlines()) == len(FIGURES)
+    assert command.main(["reward_curves", "--out", str(tmp_path), "--study", "runs/x"]) == 0
+    assert called[-1] == ("reward_curves", tmp_path, Path("runs/x"))
 
 
 @pytest.mark.parametrize("name", ["step_std", "lambda_schedules"])
 def test_the_documented_numbers_are_those_of_this_version(name, tmp_path):
-    FIGURES[name][0](tmp_path)
+    FIGURES[name][0](tmp_path, tmp_path / "no study")
     fresh, documented = (list(csv.reader((d / f"{name}.csv").open())) for d in (tmp_path, DOCS))
     assert fresh[0] == documented[0] and len(fresh) == len(documented)
     for new, old in zip(fresh[1:], documented[1:], strict=True):

@@ -41,6 +41,17 @@ def test_median_is_the_lower_one_and_steps_without_noise_are_out_of_it():
     )
 
 
+@given(st.lists(st.tuples(st.floats(0.01, 100), st.floats(0.01, 100), st.booleans()), min_size=1, max_size=21))
+def test_the_median_is_the_lower_one_of_the_trained_steps_in_any_order(steps):
+    velocity, std = [-b for b, _, _ in steps], [s if trained else 0.0 for _, s, trained in steps]
+    scales = gradient_scales(_coefficients(velocity, std)).tolist()
+    factors = sorted(b / s for b, s, trained in steps if trained)
+    for (b, s, trained), scale in zip(steps, scales, strict=True):
+        expected = factors[(len(factors) - 1) // 2] / (b / s) if trained else 0.0
+        # the term 1e-12 of the median under the fraction takes that share of it off: 1e-12 times the scale, relatively
+        assert scale == pytest.approx(expected, rel=1e-12 * (1 + 2 * expected))
+
+
 def test_nothing_trained_means_all_zero():
     assert torch.equal(gradient_scales(_coefficients([-1.0, -1.0], [0.0, 0.0])), torch.zeros(2, dtype=torch.float64))
 

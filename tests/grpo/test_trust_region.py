@@ -7,7 +7,13 @@ from torch.distributions import Normal, kl_divergence
 
 from megatron_sage.grpo.schedule import shifted_sigmas
 from megatron_sage.grpo.sde import log_prob, squared_error_sum, step_coefficients, step_mean, step_sample
-from megatron_sage.grpo.trust_region import LambdaController, gaussian_kl_from_error, step_kl_log_prob
+from megatron_sage.grpo.trust_region import (
+    STRATEGIES,
+    LambdaController,
+    gaussian_kl_from_error,
+    step_kl_log_prob,
+    term_weights,
+)
 
 
 def _steps(sde_type: str):
@@ -55,12 +61,62 @@ def test_log_prob_estimate_moves_the_new_policy_only():
     assert old.grad is None and new.grad is not None and (new.grad == -1).all()
 
 
+@pytest.mark.parametrize("sde_type", ["dance_grpo", "flow_grpo", "sage_grpo", "cps"])
+def test_log_prob_estimate_has_the_closed_forms_mean_and_far_more_variance(sde_type):
+    """200k samples [B, D], a new x and a new pair of policies in each: its variance is that of the KL plus 2 KL / D."""
+    count, elements = 200_000, 4
+    for a, b, std in _steps(sde_type)[::3]:
+        x, old_velocity, change, noise = _draw(4, count, elements, seed=3)
+        new_velocity = old_velocity + 0.05 * std / abs(b) * change  # a KL of about 0.00125 at every step
+        old_mean, new_mean = step_mean(x, old_velocity, a, b), step_mean(x, new_velocity, a, b)
+        x_next = step_sample(old_mean, std, noise)
+        estimates = step_kl_log_prob(log_prob(x_next, old_mean, std), log_prob(x_next, new_mean, std))
+        closed = gaussian_kl_from_error(squared_error_sum(new_velocity, old_velocity), elements, b, std)
+        variance = closed.var() + 2 * closed.mean() / elements
+        assert (estimates - closed).mean().item() == pytest.approx(0, abs=5 * (variance.item() / count) ** 0.5)
+        assert estimates.var().item() == pytest.approx(variance.item(), rel=0.03)
+        assert estimates.var() > 100 * closed.var()
+        assert (estimates < 0).double().mean() > 0.4 and (closed >= 0).all()
+
+
+def test_at_the_old_policy_the_closed_form_has_no_gradient_and_the_log_prob_estimate_has_noise():
+    """d/dv of logp_old - logp_new is -(b/std) z / D: zero over z and -z, not for any one z."""
+    x, old_velocity, noise = (_draw(5, 2, 3, seed=seed) for seed in range(3))
+    for a, b, std in _steps("sage_grpo"):
+        velocity = old_velocity.clone().requires_grad_()
+        closed = gaussian_kl_from_error(squared_error_sum(velocity, old_velocity), 15, b, std)
+        assert (torch.autograd.grad(closed.sum(), velocity)[0] == 0).all()
+        old_mean = step_mean(x, old_velocity, a, b)
+        gradients = []
+        for sign in (1, -1):
+            x_next = step_sample(old_mean, std, sign * noise)
+            estimate = step_kl_log_prob(
+                log_prob(x_next, old_mean, std), log_prob(x_next, step_mean(x, velocity, a, b), std)
+            )
+            gradients.append(torch.autograd.grad(estimate.sum(), velocity)[0])
+        torch.testing.assert_close(gradients[0], -b / std * noise / 15, rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(gradients[0] + gradients[1], torch.zeros_like(noise), rtol=0, atol=1e-12)
+        assert gradients[0].norm() > 0
+
+
 def test_impossible_kl_is_one_line():
     for count, std in ((15, 0.0), (15, float("nan")), (0, 0.1)):
         with pytest.raises(ValueError, match="no KL|at least one element"):
             gaussian_kl_from_error(torch.zeros(2), count, -0.1, std)
     with pytest.raises(ValueError, match="must agree"):
         step_kl_log_prob(torch.zeros(2), torch.zeros(3))
+
+
+def test_each_strategy_has_its_terms():
+    """Of the KL to the initial model or anchor and of the KL to the rollout's policy; dual alone takes the weights."""
+    terms = {strategy: term_weights(strategy, 0.7, 0.3) for strategy in STRATEGIES}
+    assert terms == {"none": (0, 0), "fixed": (1, 0), "step": (0, 1), "moving": (1, 0), "dual": (0.7, 0.3)}
+
+
+def test_an_unknown_strategy_is_one_line():
+    with pytest.raises(ValueError, match="strategy is 'duel': give one of none, fixed, step, moving, dual") as error:
+        term_weights("duel", 1.0, 0.1)
+    assert "\n" not in str(error.value)
 
 
 def _controller(**changes) -> LambdaController:
