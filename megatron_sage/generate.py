@@ -10,16 +10,15 @@ import torch
 from megatron_sage import parallel  # noqa: F401  (CPU backend before Megatron)
 from megatron_sage.config import Config, load_config, validate
 from megatron_sage.data.prompts import read_prompts
-from megatron_sage.engine import Engine, build_engine, encode_prompts, initialize_groups, load_codec
+from megatron_sage.engine import Engine, build_engine, encode_prompts, initialize_groups, load_codec, step_table
 from megatron_sage.errors import UserError
-from megatron_sage.grpo.schedule import shifted_sigmas
-from megatron_sage.grpo.sde import step_coefficients
+from megatron_sage.grpo.sde import SDE_TYPES
 from megatron_sage.parallel import groups as process_groups
 from megatron_sage.parallel import noise
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.reporting.video import write_mp4
 from megatron_sage.rollout.policy import Prompt
-from megatron_sage.rollout.sampler import Flight, StepTable, sample_latents
+from megatron_sage.rollout.sampler import Flight, sample_latents
 from megatron_sage.rollout.scoring import whole_latents
 
 AT_ONCE = 4  # videos on the way for each pipeline stage
@@ -29,12 +28,14 @@ def main(argv: list[str]) -> int:
     """Command line of `sample`; see `--help`."""
     parser = argparse.ArgumentParser(
         prog="megatron-sage sample",
-        description="Sample videos by the ODE: sampler.num_steps, shift and guidance_scale of the config apply.",
+        description="Sample videos by the ODE, or by one of the rollout's samplers: sampler.num_steps, shift, eta and "
+        "guidance_scale of the config apply.",
     )
     parser.add_argument("config", help="YAML of a run: model, layout, video size, sampler")
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given again")
     parser.add_argument("--prompts", help="a text file, one prompt a line; default: data.prompts of the config")
+    parser.add_argument("--sampler", default="ode", choices=SDE_TYPES, help="ode, or what exploration looks like (ode)")
     parser.add_argument("--samples", type=int, default=1, help="videos of each prompt")
     parser.add_argument("--out", default="runs/samples", help="directory for the mp4 files and index.json")
     parser.add_argument("--scale", type=int, default=1, help="enlarge every pixel this many times")
@@ -59,8 +60,8 @@ def main(argv: list[str]) -> int:
 def _sample(config: Config, engine: Engine, prompts: list[Prompt], arguments: argparse.Namespace) -> None:
     """Prompts are spread over the replicas, the decoding of one prompt's videos over a replica's ranks."""
     reporter = Reporter(engine.groups.rank == 0)
-    sigmas = shifted_sigmas(config.sampler.num_steps, config.sampler.shift)
-    table = StepTable.build(sigmas, step_coefficients("ode", sigmas, 0.0))
+    sampler = config.sampler
+    table, _ = step_table(arguments.sampler, sampler.num_steps, sampler.shift, sampler.eta)
     codec = load_codec(config)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)

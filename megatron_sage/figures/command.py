@@ -7,7 +7,7 @@ from megatron_sage.config.loading import nearest
 from megatron_sage.errors import UserError
 from megatron_sage.figures.registry import FIGURES
 
-DEFAULT_OUT = "docs/figures"
+DEFAULT_OUT, DEFAULT_STUDY = "docs/figures", "docs/study"
 
 
 def main(argv: list[str]) -> int:
@@ -18,6 +18,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("name", nargs="?", default="list", metavar="NAME", help="a figure, `all` or `list` (default)")
     parser.add_argument("--out", default=DEFAULT_OUT, help=f"directory for the files; default: {DEFAULT_OUT}")
+    parser.add_argument(
+        "--study",
+        default=DEFAULT_STUDY,
+        metavar="DIR",
+        help=f"results.csv and curves.csv that reward_curves and kl_strategies draw; default: {DEFAULT_STUDY}",
+    )
     arguments = parser.parse_args(argv)
     if arguments.name == "list":
         width = max(map(len, FIGURES))
@@ -30,7 +36,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         raise UserError(f"--out {out}: cannot make this directory ({error.strerror}); name another") from error
     for name in names:
-        for path in FIGURES[name][0](out):
+        for path in FIGURES[name][0](out, Path(arguments.study)):
             print(f"wrote {path}", flush=True)
     return 0
 

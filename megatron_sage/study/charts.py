@@ -131,13 +131,12 @@ def _forest_row(cell: str, interval: Interval, scale: Scale, y: float, colour: i
     return f"<g><title>{hover}</title>{''.join(parts)}</g>"
 
 
-def curve(
-    rows: Sequence[RunRow], curves: Sequence[CurveRow], cell: str, column: str
-) -> tuple[list[int], list[float], list[float], int]:
-    """Iterations, mean over the finished seeds, half-width of its 95 % t-interval, and the number of seeds.
+def by_iteration(
+    rows: Sequence[RunRow], curves: Sequence[CurveRow], cell: str, column: str, smooth: bool = False
+) -> dict[int, Interval]:
+    """The 95 % t-interval of a column over a cell's finished runs, for each iteration; values not finite are left out.
 
-    The half-width is NaN (no band) where fewer than MIN_SEEDS seeds have a finite value. Columns of SMOOTHED are
-    smoothed within each run first, by a centred running mean of about a fifteenth of its length.
+    Smoothed: first within each run, by smoothing_window of its iterations.
     """
     runs: dict[int, dict[int, float]] = {row.seed: {} for row in rows if row.cell == cell}
     for one in curves:
@@ -145,16 +144,33 @@ def curve(
             runs[one.seed][one.iteration] = getattr(one, column)  # of an iteration that was run twice, the last
     for points in runs.values():
         order = sorted(points)
-        window = max(1, len(order) // 15) if column in SMOOTHED else 1
+        window = smoothing_window(len(order)) if smooth else 1
         values = running_mean([points[iteration] for iteration in order], window)
         points.update(zip(order, values, strict=True))
-    x = sorted({iteration for points in runs.values() for iteration in points})
-    intervals = []
-    for iteration in x:
-        values = [points.get(iteration, math.nan) for points in runs.values()]
-        intervals.append(t_interval([value for value in values if math.isfinite(value)]))
-    halves = [one.half if one.n >= MIN_SEEDS else math.nan for one in intervals]
-    return x, [one.mean for one in intervals], halves, sum(bool(points) for points in runs.values())
+    found = {}
+    for iteration in sorted({iteration for points in runs.values() for iteration in points}):
+        here = [points.get(iteration, math.nan) for points in runs.values()]
+        found[iteration] = t_interval([value for value in here if math.isfinite(value)])
+    return found
+
+
+def smoothing_window(iterations: int) -> int:
+    """Iterations in the running mean of a run's reward: about a fifteenth; 1 (none) below 30."""
+    return max(1, iterations // 15)
+
+
+def curve(
+    rows: Sequence[RunRow], curves: Sequence[CurveRow], cell: str, column: str
+) -> tuple[list[int], list[float], list[float], int]:
+    """Iterations, mean over the finished seeds, half-width of its 95 % t-interval, and the number of seeds.
+
+    The half-width is NaN (no band) where fewer than MIN_SEEDS seeds have a finite value. Columns of SMOOTHED are
+    smoothed.
+    """
+    found = by_iteration(rows, curves, cell, column, smooth=column in SMOOTHED)
+    halves = [one.half if one.n >= MIN_SEEDS else math.nan for one in found.values()]
+    seeds = {one.seed for one in curves if one.cell == cell} & {row.seed for row in rows if row.cell == cell}
+    return list(found), [one.mean for one in found.values()], halves, len(seeds)
 
 
 def curve_sections(rows: Sequence[RunRow], curves: Sequence[CurveRow]) -> str:
