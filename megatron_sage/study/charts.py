@@ -8,6 +8,7 @@ from html import escape
 from megatron_sage.reporting.figures import Scale, Series, line_chart, number, running_mean, signed
 from megatron_sage.study.claims import NAMES
 from megatron_sage.study.statistics import MIN_SEEDS, CurveRow, Interval, RunRow, cell_interval, t_interval
+from megatron_sage.study.tables import sampler_name
 
 WIDTH, ROW, TOP, BOTTOM, RIGHT = 560, 20, 6, 36, 12
 LETTER, LONGEST = 6.6, 30  # pixels a letter of the labels; a longer name is cut and whole in the hover text
@@ -22,12 +23,15 @@ class Chart:
     title: str
     column: str
     cells: tuple[tuple[str, str], ...]
+    note: str = ""
 
 
 _KL = (
     *((kl, f"b_sage_{kl}") for kl in ("none", "fixed", "step", "moving", "dual")),
     ("dual, fixed position", "b_sage_dual_fixed"),
 )
+# none and step measure no KL against a position: curves.csv has 0 for them, which is no finding
+_POSITION = tuple((label, cell) for label, cell in _KL if label not in ("none", "step"))
 _SCHEDULES = (
     ("two_stage", "b_sage_dual"),
     ("fixed", "b_sage_dual_lambda_fixed"),
@@ -53,6 +57,7 @@ QUESTIONS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 f"Training reward (setting {setting.upper()}, no KL)",
                 "reward_mean",
                 tuple((name, f"{setting}_{short}_none") for short, name in NAMES.items()),
+                "the videos hold each sampler's own noise: compare the rise, not the level",
             )
             for setting in "ab"
         ),
@@ -61,8 +66,13 @@ QUESTIONS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
         "Trust regions of SAGE (B)",
         (
             Chart("Training reward, mean", "reward_mean", _KL),
-            Chart("Training reward, standard deviation", "reward_std", _KL),
-            Chart("KL against the position reference", "kl_position", _KL),
+            Chart("Training reward, standard deviation over an iteration's videos", "reward_std", _KL),
+            Chart(
+                "KL against the strategy's own reference",
+                "kl_position",
+                _POSITION,
+                "fixed: from the model as it was given; else from the anchor, no distance from the start",
+            ),
         ),
     ),
     (
@@ -76,13 +86,18 @@ QUESTIONS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
 
 
 def forest(rows: Sequence[RunRow], measure: str) -> str:
-    """An SVG of one line a cell: the mean change and its 95 % interval, the colour by sampler, from top to bottom."""
-    cells = {row.cell: row.sampler for row in sorted(rows, key=lambda row: row.cell)}
+    """An SVG of one line a cell: the mean change and its 95 % interval, the colour by sampler, from top to bottom.
+
+    A heading stands over each setting's cells: their rewards are not comparable.
+    """
+    ordered = sorted(rows, key=lambda row: (row.setting, row.cell))
+    cells = {row.cell: row.sampler for row in ordered}
+    settings = {row.cell: row.setting for row in ordered}
     found = {cell: cell_interval(rows, cell, measure) for cell in cells}
     scale = _forest_scale(list(found.values()), LETTER * min(max(map(len, cells)), LONGEST) + 14)
     if scale is None:
         return '<p class="empty">no finite result in this study</p>'
-    bottom = TOP + ROW * len(cells)
+    bottom = TOP + ROW * (len(cells) + len(set(settings.values())))
     parts = []
     for tick in scale.ticks():
         x = f"{scale(tick):.1f}"
@@ -92,12 +107,19 @@ def forest(rows: Sequence[RunRow], measure: str) -> str:
         )
     zero = f"{scale(0):.1f}"
     parts.append(f'<line class="axis" x1="{zero}" x2="{zero}" y1="{TOP}" y2="{bottom}"/>')
-    for place, (cell, sampler) in enumerate(cells.items()):
-        parts.append(_forest_row(cell, found[cell], scale, TOP + ROW * (place + 0.5), COLOURS.get(sampler, 4)))
+    y, heading = TOP - ROW / 2, ""
+    for cell, sampler in cells.items():
+        if settings[cell] != heading:
+            heading, y = settings[cell], y + ROW
+            parts.append(f'<text class="label" x="0" y="{y + 4:.1f}">setting {escape(heading)}</text>')
+        y += ROW
+        parts.append(_forest_row(cell, found[cell], scale, y, COLOURS.get(sampler, 4)))
     label = escape(f"change of {measure}, after − before")
     parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{bottom + BOTTOM - 4}" text-anchor="end">{label}</text>')
     samplers = list(dict.fromkeys(cells.values()))
-    keys = "".join(f'<span><i class="c{COLOURS.get(one, 4)}"></i>{escape(one)}</span>' for one in samplers)
+    keys = "".join(
+        f'<span><i class="c{COLOURS.get(one, 4)}"></i>{escape(sampler_name(one))}</span>' for one in samplers
+    )
     return (
         f'<div class="legend">{keys}</div><svg viewBox="0 0 {WIDTH} {bottom + BOTTOM}" role="img" '
         f'preserveAspectRatio="xMidYMid meet">{"".join(parts)}</svg>'
@@ -194,7 +216,6 @@ def _card(rows: Sequence[RunRow], curves: Sequence[CurveRow], chart: Chart) -> s
         return ""
     several = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
     only = f"{series[0].label}; " if len(series) == 1 else ""  # a single curve has no legend
-    return (
-        f'<div class="card chart"><h3>{escape(chart.title)}</h3><p class="note">{escape(only)}seeds: {several}</p>'
-        f"{line_chart(series)}</div>"
-    )
+    note = f"{chart.note}; " if chart.note else ""
+    text = escape(f"{only}{note}seeds: {several}")
+    return f'<div class="card chart"><h3>{escape(chart.title)}</h3><p class="note">{text}</p>{line_chart(series)}</div>'

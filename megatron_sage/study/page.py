@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_sage.reporting.style import CSS
 from megatron_sage.study import tables
-from megatron_sage.study.charts import curve_sections, forest
+from megatron_sage.study.charts import curve_sections, forest, smoothing_window
 from megatron_sage.study.claims import Judgement, judge
 from megatron_sage.study.statistics import MIN_SEEDS, CurveRow, RunRow, read_curves, read_results
 
@@ -51,6 +51,7 @@ def write_markdown(directory: str | Path, world: str = WORLD) -> str:
     parts = [
         _markdown_text(tables.summary(rows, world)),
         "\n".join(f"- {_markdown_text(note)}" for note in tables.notes(rows)),
+        _markdown_text(tables.TERMS),
         _markdown_text(tables.reading(judged)),
         "## Claims",
         _markdown_table(tables.claim_table(judged)),
@@ -87,7 +88,8 @@ def _page(rows: list[RunRow], curves: list[CurveRow], judged: list[Judgement], w
 <header><p class="run">megatron_sage · study</p><h1>{title}</h1>
 <p class="lead">{escape(tables.summary(rows, world))}</p>{notes}</header>
 <section class="card"><p class="soft">Verdicts on {len(judged)} claims of the paper</p>
-<p class="counts">{counted}</p><p class="lead">{escape(tables.reading(judged))}</p></section>
+<p class="counts">{counted}</p><p class="lead">{escape(tables.reading(judged))}</p>
+<p class="note lead">{escape(tables.TERMS)}</p></section>
 <h2>Claims</h2><div class="card">{_html_table(tables.claim_table(judged))}
 <p class="note after">{escape(tables.CLAIM_NOTE)}</p></div>
 <h2>Cells</h2><div class="card">{_html_table(tables.cell_table(rows))}
@@ -95,14 +97,27 @@ def _page(rows: list[RunRow], curves: list[CurveRow], judged: list[Judgement], w
 <div class="grid after">{forests}</div>
 <p class="note after">Dot: mean over seeds; line: 95 % t-interval, cut at the edge where two runs give a very wide one.
 </p>
-{curve_sections(rows, curves)}
-<p class="note after">Curves are means over the seeds of finished runs, bands their 95 % t-intervals at each iteration
-(none below {MIN_SEEDS} seeds). Reward curves are smoothed within each run by a centred running mean of about a
-fifteenth of its iterations. Prompts and noise of training differ from iteration to iteration; the tables are the
-paired measurement.</p>
+{_curves(rows, curves)}
 <footer class="soft">Written {written} from results.csv and curves.csv of this directory.</footer>
 </main></body></html>
 """
+
+
+def _curves(rows: list[RunRow], curves: list[CurveRow]) -> str:
+    """The charts over the iterations and how to read them; nothing without curves."""
+    charts = curve_sections(rows, curves)
+    if not charts:
+        return ""
+    window = max(smoothing_window(row.iterations) for row in rows)
+    smoothed = "Nothing is smoothed."
+    if window > 1:
+        smoothed = "Reward curves are smoothed within each run by a centred running mean over a fifteenth of it."
+    return f"""{charts}
+<p class="note after">Curves are means over the seeds of finished runs, bands their 95 % t-intervals at each iteration
+(none below {MIN_SEEDS} seeds). {smoothed} Iteration 0 is the model as it was given. Axes differ from chart to chart.
+Prompts and noise change from iteration to iteration, alike in all cells of a seed, and every curve follows them. Bands
+hold the differences between seeds too, so those that overlap decide nothing: the tables are the paired measurement, on
+held-out prompts.</p>"""
 
 
 def _html_table(table: tables.Table) -> str:

@@ -4,24 +4,39 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_sage.recipes import VARIANTS
 from megatron_sage.reporting.figures import number
-from megatron_sage.study.claims import Judgement
+from megatron_sage.study.claims import NAMES, Judgement
 from megatron_sage.study.statistics import MEASURES, MIN_SEEDS, Interval, RunRow, cell_interval
 
 VERDICTS = ("supported", "contradicted", "undecided")
+MANY = 6  # cells that a note names; more are counted
+TERMS = (
+    "A cell is one configuration, named SETTING_SAMPLER_KL and run once for each seed. A seed fixes the noise and the "
+    "order of the prompts, alike in all cells. Setting: the reward that is trained, A = VQ + MQ + TA, "
+    "B = 0.5 VQ + 0.5 MQ + TA. Sampler: how each step adds noise while the training videos are made. KL: what holds "
+    "the policy back: none; fixed (the model as it was given); step (the policy that made the videos); moving (an "
+    "anchor that is now and then copied from the policy); dual (moving and step together). The equalizer, which evens "
+    "out the steps' gradients, is on unless the name says no_equalizer. λ is the weight of the KL."
+)
 CELL_NOTE = (
-    "Mean change (after − before, held-out prompts, same noise) over a cell's seeds ± half-width of its 95 % "
-    "t-interval. reward is the trained weighted sum of the cell's setting, so compare it within a setting only; "
-    "overall = VQ + MQ + TA. These intervals are not corrected for their number, and they hold the differences between "
-    "seeds, which all cells share: two cells whose intervals overlap may still differ, see the paired claims."
+    "Mean change (after − before) over a cell's seeds ± half-width of its 95 % t-interval; nothing behind the mean of "
+    "a single run. Measured on held-out prompts, each time from the same noise, and sampled without a sampler's noise, "
+    "alike for all. reward is the trained sum of the cell's setting, so compare "
+    "it within a setting only; overall = VQ + MQ + TA, in setting A the same as reward. These intervals are not "
+    "corrected for their number, and they hold the differences between seeds, which all cells share: two cells whose "
+    "intervals overlap may still differ, see the paired claims."
 )
 CLAIM_NOTE = (
-    "Differences are paired by seed: first cell minus second, ± half-width of the 95 % t-interval. The verdict rests "
-    "on the t-interval of the change of reward (of overall in the last claim) at its Holm-adjusted level: the claims "
-    "of one question are a family, the last claim's comparisons with every other cell another. p (flips) is the exact "
-    "sign-flip permutation p-value, shown for information: with n seeds it cannot be below 2/2ⁿ (5 seeds: 0.0625). "
+    "Δ: how much more the first cell's held-out score changed than the second's, paired by seed: mean ± half-width of "
+    "the 95 % t-interval. The verdict rests on the t-interval of Δ reward (Δ overall in the last claim) at its "
+    "Holm-adjusted level, at least as wide as the one shown: the claims of one question are a family, the last "
+    "claim's comparisons with every other cell another. Across the questions nothing is corrected: one false verdict "
+    "on the whole page would be no surprise. p (flips) is the exact sign-flip permutation p-value, shown for "
+    "information: with n seeds it cannot be below 2/2ⁿ (5 seeds: 0.0625). "
     "The paper's column is the difference of its Overall (VideoAlign, HunyuanVideo-1.5), one run for each cell and on "
-    "another scale, so only its sign can be compared; in the last claim it is the difference to the next best."
+    "another scale, so only its sign can be compared: for or against the claim (figure only: it has a picture, no "
+    "number); in the last claim it is the difference to the next best."
 )
 
 
@@ -46,13 +61,18 @@ def plural(count: int, noun: str) -> str:
 def summary(rows: Sequence[RunRow], world: str) -> str:
     """How many runs of what."""
     cells, seeds = ({getattr(row, name) for row in rows} for name in ("cell", "seed"))
-    iterations = sorted({row.iterations for row in rows})
-    length = f"{iterations[0]}" if len(iterations) == 1 else f"{iterations[0]} to {iterations[-1]}"
+    length, videos = (_span([getattr(row, name) for row in rows]) for name in ("iterations", "videos"))
     hours = sum(row.seconds for row in rows if math.isfinite(row.seconds)) / 3600
     return (
         f"Finished runs: {len(rows)}, in {plural(len(cells), 'cell')} with {plural(len(seeds), 'seed')}, each of "
-        f"{length} iterations; {number(hours, 3)} hours of runs in all. The world is {world}."
+        f"{length} iterations ({videos} videos); {number(hours, 3)} hours of runs in all. The world is {world}."
     )
+
+
+def _span(values: Sequence[int]) -> str:
+    """'12' or '6 to 12'."""
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def reading(judged: Sequence[Judgement]) -> str:
@@ -95,7 +115,12 @@ def notes(rows: Sequence[RunRow]) -> list[str]:
     seeds = {row.seed for row in rows}
     missing = {cell: len(seeds) - sum(row.cell == cell for row in rows) for cell in cell_names(rows)}
     lacking = [f"{cell} ({count})" for cell, count in missing.items() if count]
-    if lacking:
+    if len(lacking) > MANY:
+        found.append(
+            f"{len(lacking)} of {len(missing)} cells lack some of the study's {len(seeds)} seeds: it is not finished, "
+            "or runs failed. The table of cells has the number of runs of each."
+        )
+    elif lacking:
         found.append(f"Cells without all of the study's {len(seeds)} seeds (number missing): {', '.join(lacking)}.")
     for name in ("iterations", "videos"):
         if len({getattr(row, name) for row in rows}) > 1:
@@ -113,20 +138,30 @@ def cell_table(rows: Sequence[RunRow]) -> Table:
     lines = []
     for cell in cell_names(rows):
         runs = [row for row in rows if row.cell == cell]
-        one = runs[0]
-        equalizer = "equalizer" if one.equalizer else "no equalizer"
-        kl = "no KL" if one.kl == "none" else f"{one.kl} KL (λ {one.schedule})"
-        configuration = f"{one.sampler}, {kl}, setting {one.setting}, {equalizer}"
         intervals = {measure: cell_interval(rows, cell, measure) for measure in MEASURES}
         texts = {measure: _change(interval) for measure, interval in intervals.items()}
         texts["TA"] += _fall(intervals["TA"], intervals["reward"])
-        lines.append((f"{cell}\n{configuration}", str(len(runs)), *texts.values()))
+        lines.append((f"{cell}\n{_configuration(runs[0])}", str(len(runs)), *texts.values()))
     return Table(("cell", "runs", *MEASURES), lines)
+
+
+def _configuration(row: RunRow) -> str:
+    """In words; what results.csv has no column for comes from the recipe of that name."""
+    equalizer = "" if row.equalizer else ", no equalizer"
+    kl = "no KL" if row.kl == "none" else f"{row.kl} KL (λ {row.schedule})"
+    text = f"{sampler_name(row.sampler)}, {kl}, setting {row.setting}{equalizer}"
+    meaning = VARIANTS[row.cell][0] if row.cell in VARIANTS else ""
+    return f"{text}; {meaning}" if meaning.startswith("ablation") and row.equalizer else text
+
+
+def sampler_name(sde_type: str) -> str:
+    """'SAGE' for 'sage_grpo'; a name that is not known stays."""
+    return NAMES.get(sde_type.removesuffix("_grpo"), sde_type)
 
 
 def claim_table(judged: Sequence[Judgement]) -> Table:
     """One row a claim, under its question: the paper's number, ours, and the verdict."""
-    header = ("claim", "paper, overall", "reward", "overall", "seeds", "p (t, Holm)", "p (flips)", "verdict")
+    header = ("claim", "paper: Overall", "Δ reward", "Δ overall", "seeds", "p (t, Holm)", "p (flips)", "verdict")
     lines: list[tuple[str, ...]] = []
     question = ""
     for one in judged:
@@ -165,8 +200,7 @@ def _fixed(value: float, places: int = 3) -> str:
 def _change(interval: Interval) -> str:
     if not math.isfinite(interval.mean):
         return "–"
-    half = f"{interval.half:.3f}" if math.isfinite(interval.half) else "–"
-    return f"{_fixed(interval.mean)} ± {half}"
+    return _fixed(interval.mean) + (f" ± {interval.half:.3f}" if math.isfinite(interval.half) else "")
 
 
 def _p(value: float) -> str:

@@ -46,7 +46,9 @@ def table(path: Path) -> dict[tuple[str, str, int], tuple[float, float, float, i
         rows = list(csv.DictReader(file))
     numbers = {
         (row["cell"], row["quantity"], int(row["iteration"])): (
-            *(float(row[name] or "nan") for name in ("mean", "low", "high")),
+            float(row["mean"]),
+            float(row["low"] or "nan"),
+            float(row["high"] or "nan"),
             int(row["seeds"]),
         )
         for row in rows

@@ -104,7 +104,7 @@ def test_the_equalizer_of_each_log_prob_makes_its_own_factors_equal(sde_type, st
 
 
 def test_the_equalizer_of_the_other_log_prob_does_not():
-    """What a mismatch would do: factors differ by 2 std^2, so the pull of the real runs' steps by (s_1/s_19)^2 = 4.75^2."""
+    """What a mismatch would do: factors differ by 2 std^2, so the pull of the steps by (s_1/s_19)^2 = 4.75^2."""
     coefficients = step_coefficients("cps", shifted_sigmas(20, 5.0), 0.5)
     trained = coefficients.trained_steps()
     for normalized in (True, False):

@@ -88,7 +88,7 @@ def test_its_numbers_are_the_statistics(html: str, rows) -> None:
     assert f"+{found.mean:.3f} ± {found.half:.3f}" in text
     cell = cell_interval(rows, "b_sage_dual", "MQ")
     assert f"{cell.mean:+.3f} ± {cell.half:.3f}".replace("-", "−") in text
-    assert "Finished runs: 130, in 26 cells with 5 seeds, each of 12 iterations; 3.25 hours" in text
+    assert "Finished runs: 130, in 26 cells with 5 seeds, each of 12 iterations (384 videos); 3.25 hours" in text
     assert "Of 27 claims this study supports 2, contradicts 2 and leaves 23 undecided. Undecided means" in text
     # fixed_a_cps agrees; sampler_a_cps contradicts SAGE as the paper's own number does; best does not agree
     assert "(3 claims), the sign agrees with the paper's in 2." in text
@@ -143,7 +143,42 @@ def test_broken_short_and_uneven_runs_are_said(tmp_path) -> None:
     assert "no finite result" in text and "27 undecided, 26 of these for want of 3 common seeds" in text
     assert not re.search(r'(points|[cxyr][xy]?[12]?)="[^"]*(nan|inf)', html)
     (row,) = re.findall(r"<tr><td>b_cps_none<.*?</tr>", html)
-    assert re.search(r"<td>1</td><td>[+−]\d\.\d{3} ± –</td>", row)
+    assert re.search(r"<td>1</td><td>[+−]\d\.\d{3}</td>", row)  # one run has no interval
+
+
+def test_a_study_that_is_not_finished_is_said_without_a_list_of_all_cells(tmp_path) -> None:
+    rows = study(dict.fromkeys(CELLS, 0.1))
+    text = Page(written(tmp_path, [row for row in rows if row.seed < 4 or row.cell < "a_sage"])).text
+    assert f"{len(CELLS) - 6} of {len(CELLS)} cells lack some of the study's 5 seeds" in text
+    assert "(number missing)" not in text
+
+
+def test_cells_with_the_same_columns_are_told_apart(tmp_path) -> None:
+    html = written(tmp_path, [run(cell, 0) for cell in ("b_sage_dual", "b_sage_dual_lambda_tighten")])
+    configuration = dict(re.findall(r"<tr><td>(b_\w+)<br><span class=\"soft\">(.*?)</span>", html))
+    assert configuration["b_sage_dual"] == "SAGE, dual KL (λ two_stage), setting B"
+    assert configuration["b_sage_dual_lambda_tighten"].endswith("B; ablation: feedback of the other sign")
+
+
+def test_only_strategies_with_a_position_reference_have_its_kl(tmp_path) -> None:
+    html = written(tmp_path, study(dict.fromkeys(("b_sage_none", "b_sage_step", "b_sage_fixed"), 0.1)))
+    (card,) = re.findall(r"<h3>KL against the strategy.*?</svg>", html)
+    assert "fixed; fixed: from the model" in card and card.count("<polyline") == 1
+    assert "KL against the strategy" not in written(tmp_path, study({"b_sage_none": 0.1, "b_sage_step": 0.1}))
+
+
+def test_smoothing_is_said_where_there_is_any(tmp_path) -> None:
+    rows = study({"b_sage_none": 0.1})
+    assert "Nothing is smoothed." in written(tmp_path, rows)
+    longer = written(tmp_path, [replace(row, iterations=30) for row in rows])
+    assert "smoothed within each run" in longer and "Nothing is smoothed" not in longer
+
+
+def test_each_setting_has_its_heading_in_the_forest() -> None:
+    chart = forest([run(cell, 0) for cell in ("b_cps_none", "a_sage_none", "a_cps_none")], "reward")
+    places = [(text, float(y)) for y, text in re.findall(r'<text [^>]*y="([^"]*)"[^>]*>(setting \w|[ab]_\w+)<', chart)]
+    assert [text for text, _ in places] == ["setting A", "a_cps_none", "a_sage_none", "setting B", "b_cps_none"]
+    assert all(after - before == 20 for (_, before), (_, after) in zip(places, places[1:], strict=False))
 
 
 def test_one_run_and_no_curves_make_a_page(tmp_path) -> None:
@@ -202,7 +237,7 @@ def test_gaps_in_curves(tmp_path) -> None:
     points = [replace(one, kl_position=math.nan, lambda_=math.nan) for one in curves(rows)]
     points[3] = replace(points[3], reward_mean=math.nan)
     html = written(tmp_path, rows, points)
-    assert "KL against the position reference" not in html and "Training reward, mean" in html
+    assert "KL against the strategy" not in html and "Training reward, mean" in html
     assert not re.search(r'(points|[cxyr][xy]?[12]?)="[^"]*(nan|inf)', html)
 
 
