@@ -24,6 +24,19 @@ LAYOUTS = [
 ]
 NIGHTLY = [(2, 2, 2, 1), (1, 4, 1, 1), (4, 1, 1, 1), (1, 1, 4, 1), (2, 1, 1, 2), (1, 1, 2, 2), (2, 2, 1, 2)]
 GUIDANCE = {"guided": 2.0, "unguided": 1.0}
+# Other choices of the method at once: what is sent, scored and gathered then has other shapes.
+CHOICES = {
+    "sampler.num_steps": 4,
+    "sampler.sde_window.size": 2,
+    "sampler.sde_type": "cps_unnormalized",
+    "grpo.cfg_in_training": "distilled",
+    "grpo.replay_batch": 3,
+    "kl.strategy": "dual",
+    "kl.position": "fixed",
+    "kl.phase": "training",
+    "kl.step_kl": "logprob",
+    "reward.watch": "tests.training.world:SteadyReward",
+}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +114,30 @@ def test_other_ways_through_the_same_layout(root: Path, single: dict[str, dict[s
     processes, changes = VARIANTS[variant]
     found = run(root, variant.replace(" ", "_").replace(",", ""), processes, GUIDANCE["guided"], **changes)
     assert_same_run(found, single["guided"])
+
+
+@pytest.fixture(scope="module")
+def chosen(root: Path) -> dict[str, Any]:
+    return run(root, "single_chosen", 1, GUIDANCE["guided"], **CHOICES)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 1, 2, 1),
+        (1, 2, 1, 1),
+        pytest.param((1, 1, 1, 2), marks=pytest.mark.nightly),
+        pytest.param((2, 1, 2, 1), marks=pytest.mark.nightly),
+        pytest.param((1, 2, 2, 1), marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
+def test_other_choices_of_the_method(root: Path, chosen: dict[str, Any], sizes: tuple[int, int, int, int]) -> None:
+    """A window, batched replay of a distilled branch, a reference asked before each update."""
+    name = f"chosen_{'_'.join(map(str, sizes))}"
+    found = run(root, name, int(np.prod(sizes)), GUIDANCE["guided"], **CHOICES, **layout(*sizes))
+    assert_same_run(found, chosen)
+    assert found["rows"][0]["watch/VQ"] == pytest.approx(chosen["rows"][0]["watch/VQ"], rel=1e-6)
 
 
 @pytest.fixture(scope="module")
