@@ -111,7 +111,10 @@ def test_a_recipe_then_a_file_then_overrides(
     for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)
     file = model / "mine.yaml"
-    paths = {"model": {"pretrained": str(model), "weights": str(model)}, "data": {"prompts": str(model / "prompts.txt")}}
+    paths = {
+        "model": {"pretrained": str(model), "weights": str(model)},
+        "data": {"prompts": str(model / "prompts.txt")},
+    }
     file.write_text(yaml.safe_dump(paths | {"evaluation": {"prompts": None}, "kl": {"gain": 0.5, "window": 7}}))
     command = ["train", "--recipe", "tiny_b_cps_fixed", str(file), "kl.window=3", "--print-config"]
     assert main(command) == 0

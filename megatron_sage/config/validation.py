@@ -146,6 +146,8 @@ def _check_method(config: Config) -> None:
         _refuse("training.iterations", 0, "only evaluates, and there is nothing to: name evaluation.prompts")
     if kl.lambda_min > lambda_max(kl):
         _refuse("kl.lambda_min", kl.lambda_min, f"must not be above kl.lambda_max={lambda_max(kl)}")
+    if kl.lambda_min == 0 and kl.gain == 1:
+        _refuse("kl.gain", kl.gain, "must be below 1 with kl.lambda_min=0: lambda could fall to 0 and never rise again")
     if kl.strategy == "dual" and not (kl.position_weight or kl.velocity_weight):
         _refuse("kl.position_weight", kl.position_weight, "dual needs a weight other than 0; or set kl.strategy=none")
     if config.sampler.sde_type.startswith("cps") and config.sampler.eta > 1:

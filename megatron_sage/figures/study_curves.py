@@ -67,13 +67,15 @@ def numbers(study: StudyCurves, cells: Sequence[str], quantities: Sequence[str])
 
 
 def panel(axes: Any, study: StudyCurves, title: str, lines: Sequence[Line], quantity: str) -> None:
-    """Draws the lines that the study has; names the others under the title."""
+    """Draws the lines that the study has; names the others under the title, and says where seeds differ."""
     missing = []
+    drawn: set[frozenset[int]] = set()
     for line in lines:
         found = study.of(line.cell, quantity)
         if not found:
             missing.append(line.cell)
             continue
+        drawn.add(frozenset(row.seed for row in study.rows if row.cell == line.cell))
         seeds = sorted({one.n for one in found.values()})
         several = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         label = f"{line.label} ({several} seed{'s' * (seeds != [1])})"
@@ -83,6 +85,8 @@ def panel(axes: Any, study: StudyCurves, title: str, lines: Sequence[Line], quan
         axes.fill_between(list(found), *zip(*band, strict=True), color=line.colour, alpha=0.12, linewidth=0)
     if missing:
         title += f"\nnot in this study: {', '.join(missing)}"
+    if len(drawn) > 1:
+        title += "\nthe curves have different seeds: not comparable"
     axes.set_title(title)
     axes.set_xlabel("iteration")
     if len(missing) == len(lines):  # axes from 0 to 1 would look like a scale

@@ -78,6 +78,8 @@ class LambdaController:
             raise ValueError(f"warmup_steps {warmup_steps}, window {window}: need warmup_steps >= 0 and window >= 1")
         if not (math.isfinite(target) and target > 0 and 0 < gain <= 1):
             raise ValueError(f"target {target}, gain {gain}: need target > 0 and 0 < gain <= 1")
+        if lambda_min == 0 and gain == 1:
+            raise ValueError("lambda_min 0, gain 1: lambda could fall to 0 and never rise again; set either otherwise")
         self.kind = kind
         self.lambda_min = lambda_min
         self.lambda_max = lambda_max

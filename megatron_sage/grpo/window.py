@@ -61,6 +61,9 @@ def windowed(
 ) -> StepCoefficients:
     """``coefficients`` at ``steps``, the ode's (1, sigma' - sigma, 0) everywhere else, float64 [N] each."""
     levels = checked_sigmas(sigmas)
+    for step in steps:
+        if not 0 <= step < len(levels) - 1:
+            raise ValueError(f"step {step} is none of the {len(levels) - 1} steps of the schedule")
     inside = torch.zeros(len(levels) - 1, dtype=torch.bool)
     inside[list(steps)] = True
     ode = (torch.ones_like(levels[1:]), levels.diff(), torch.zeros_like(levels[1:]))

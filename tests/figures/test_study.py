@@ -132,8 +132,16 @@ def test_missing_cells_are_named_and_do_not_stop_the_figure(tmp_path, titles) ->
     ]
     titles.clear()
     kl_strategies(tmp_path, tmp_path)  # b_sage_none alone: no curve at all in the KL panel
+    assert not any("different seeds" in title for title in titles)
     assert titles[0].endswith("not in this study: b_sage_fixed, b_sage_step, b_sage_moving, b_sage_dual")
     assert titles[2].endswith("not in this study: b_sage_fixed, b_sage_moving, b_sage_dual")
+
+
+def test_curves_of_different_seeds_are_said_not_to_be_comparable(tmp_path, titles) -> None:
+    rows, _ = made(tmp_path, ["b_sage_none", "b_sage_step"])
+    write(tmp_path / "results.csv", rows[:-1])
+    kl_strategies(tmp_path, tmp_path)
+    assert ["different seeds" in title for title in titles] == [True, True, False]
 
 
 def test_the_legend_says_how_many_seeds(tmp_path) -> None:
@@ -146,6 +154,15 @@ def test_the_legend_says_how_many_seeds(tmp_path) -> None:
     assert axes.get_title() == "t\nnot in this study: b_sage_fixed" and len(axes.lines) == 1
     band = np.asarray(axes.collections[0].get_paths()[0].vertices)
     assert band[:, 1].min() == pytest.approx(1.11 - 0.12006, abs=1e-4)  # iteration 0, T_4 as above
+
+
+@pytest.mark.parametrize(("name", "cells"), [("reward_curves", PAIRS), ("kl_strategies", STRATEGIES)])
+def test_the_documented_numbers_are_those_of_every_cell(name, cells) -> None:
+    found = table(Path(__file__).parents[2] / "docs" / "figures" / f"{name}.csv")
+    assert {cell for cell, _, _ in found} == set(cells)
+    for (cell, quantity, iteration), (mean, low, high, seeds) in found.items():
+        assert (cell, quantity, 0) in found and iteration >= 0 and math.isfinite(mean) and seeds >= 1
+        assert low <= mean <= high if seeds >= 3 else math.isnan(low) and math.isnan(high)
 
 
 @pytest.mark.parametrize("name", ["reward_curves", "kl_strategies"])

@@ -185,3 +185,8 @@ def test_a_shorter_window_on_resuming_keeps_the_latest_values():
     shorter.load_state_dict({"kind": "two_stage", "updates": 4, "value": 8e-6, "history": [9e-3, 1e-3, 0.4e-3]})
     # (0.4 + 0.6)/2 = 0.5, e = -0.5, 8e-6 (1 + 0.1)
     assert shorter.update(0.6e-3) == pytest.approx(8.8e-6, rel=1e-12)
+
+
+def test_a_lambda_that_could_die_is_refused():
+    with pytest.raises(ValueError, match="never rise again"):
+        LambdaController("two_stage", lambda_min=0.0, gain=1.0)

@@ -84,9 +84,8 @@ def test_known_progressive_path():
 
 @given(windows(), st.lists(st.integers(0, 100), min_size=2, max_size=5))
 def test_a_random_window_depends_on_seed_and_iteration_alone(arguments, iterations):
-    """Not on what was drawn before it, nor on the global generators: a resumed run has the same windows."""
+    """Not on what was drawn before it, nor on the global generator: a resumed run has the same windows."""
     np.random.seed(len(iterations))
-    torch.manual_seed(len(iterations))
     first = [window_steps(**arguments, strategy="random", iteration=i) for i in iterations]
     again = [window_steps(**arguments, strategy="random", iteration=i) for i in reversed(iterations)]
     assert first == again[::-1]
@@ -240,3 +239,10 @@ def test_cps_in_a_window_is_exact_on_a_single_video(inside):
         level = sigmas[i + 1].item()
         assert mean == pytest.approx((1 - level) * M, abs=1e-12)
         assert variance == pytest.approx(level**2, abs=1e-12)
+
+
+@pytest.mark.parametrize("step", [-1, 5])
+def test_a_step_of_another_schedule_is_refused(step):
+    sigmas = shifted_sigmas(5, 3.0)
+    with pytest.raises(ValueError, match=f"step {step} is none of the 5 steps"):
+        windowed(step_coefficients("sage_grpo", sigmas, 0.5), sigmas, [step])
