@@ -152,6 +152,7 @@ def facts(run: RunRecord) -> str:
         ("reward/nonfinite", "samples with a non-finite reward", np.sum),
         ("reward/zero_std_groups", "groups without a difference in reward", np.sum),
         ("reward/dropped_groups", "groups dropped", np.sum),
+        ("reward/clamped_advantages", "advantages clamped", np.sum),
         ("seconds/total", "seconds an iteration (median)", np.median),
     ):
         values = [value for value in run.column(key) if math.isfinite(value)]

@@ -21,6 +21,7 @@ from megatron_sage.study.cells import Run, chosen_cells, planned_runs
 from megatron_sage.study.page import write_page
 
 RESULTS, CURVES, SETTINGS = "results.csv", "curves.csv", "study.json"
+MAX_DEATHS = 3  # of workers in a row: what kills every run need not be tried a hundred times
 MEASURES = ("reward", "VQ", "MQ", "TA", "overall")
 RESULT_COLUMNS = ["cell", "sampler", "kl", "setting", "equalizer", "schedule", "seed", "iterations", "videos"]
 RESULT_COLUMNS += ["base_reward", "final_reward", "change"]
@@ -137,13 +138,14 @@ class _Study:
 
     def _feed(self, number: int) -> None:
         time.sleep(5.0 * number)  # the first worker fills the embedding cache
-        worker = self._worker()
-        while True:
+        worker, deaths = self._worker(), 0
+        while deaths < MAX_DEATHS:
             try:
                 run = self.waiting.get_nowait()
             except queue.Empty:
                 break
             line = self._ask(worker, run)
+            deaths = 0 if line else deaths + 1
             if not line:  # it died: its log says why; the next run gets a new one
                 worker.wait()
                 worker = self._worker()

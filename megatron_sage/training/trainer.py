@@ -163,6 +163,7 @@ class Trainer:
                 key = name if name.startswith(WATCH) else f"reward/{name}"
                 row[key] = float(values.mean())  # a watched one is nan where it did not score a video: it says so
         stop = self.guard.update(int((~finite).sum()), finite.size)
+        row["reward/bad_iterations"] = self.guard.bad_iterations  # in a row; the third one stops the run
         return rewards.reshape(-1, config.grpo.group_size), row, stop
 
     def _over_replicas(self, columns: torch.Tensor) -> np.ndarray:
@@ -180,9 +181,11 @@ class Trainer:
             group, samples = number // per_group, trajectory.samples
             trajectory.advantage_B = found.advantages[group, samples].to(self.engine.device)
             trajectory.keep(found.mask[group, samples].to(self.engine.device))
-        counts = torch.tensor([found.zero_std_groups, found.dropped_groups], device=self.engine.device)
-        dist.all_reduce(counts, group=self.engine.groups.dp)
-        row |= dict(zip(("reward/zero_std_groups", "reward/dropped_groups"), counts.tolist(), strict=True))
+        clamped = int((found.advantages.abs() > self.engine.config.grpo.advantage_clip).sum())
+        counts = torch.tensor([found.zero_std_groups, found.dropped_groups, clamped], device=self.engine.device)
+        dist.all_reduce(counts, group=self.engine.groups.dp)  # each replica has groups of its own: the sum over DP
+        names = ("reward/zero_std_groups", "reward/dropped_groups", "reward/clamped_advantages")
+        row |= dict(zip(names, counts.tolist(), strict=True))
 
     def _reference_pass(self, trajectories: list[MicroTrajectory]) -> None:
         """The reference's velocities at every trained step, where they belong to the rollout phase."""

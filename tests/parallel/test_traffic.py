@@ -44,7 +44,7 @@ def train_counted(arguments: list[str], processes: int, pairs: int) -> tuple[Cou
     # two micro-batches of different prompts: the shorter one is filled up to the longer one's size
     visited = [(number, trainer.table.trained_steps[0]) for number in (0, len(trajectories) - 1)][:pairs]
     with CollectiveCounter(engine.groups) as counter:
-        trainer._accumulate(trajectories, visited, lambda: None)
+        trainer.replay.gradients(trajectories, visited, lambda count: None)
     place = traffic.Place(
         engine.model_config,
         engine.groups.pp_rank,

@@ -42,7 +42,7 @@ def untimed(row: dict[str, str]) -> dict[str, str]:
 
 def test_a_study_goes_on_where_it_was_interrupted(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     cells = ["--cells", "b_sage_dual,b_cps_none"]
-    assert main(arguments(root, "whole", *cells, "--seeds", "1")) == 0
+    assert main(arguments(root, "whole", *cells, "--seeds", "1", "--processes", "1")) == 0
     found = rows(root, "whole")
     assert {(row["cell"], row["sampler"], row["kl"]) for row in found} == {
         ("b_sage_dual", "sage_grpo", "dual"),
@@ -68,7 +68,7 @@ def test_a_study_goes_on_where_it_was_interrupted(root: Path, capfd: pytest.Capt
 @pytest.mark.nightly
 def test_a_run_that_fails_is_reported_and_the_others_go_on(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     changes = {"reward.function": "tests.training.world:BrokenReward", "optimizer.lr": 1e30}
-    broken = arguments(root, "broken", "--cells", "b_sage_dual", "--seeds", "2", "--processes", "1", **changes)
+    broken = arguments(root, "broken", "--cells", "b_sage_dual", "--seeds", "2", "--processes", "2", **changes)
     broken = [text for text in broken if not text.startswith("reward.function")]
     broken.append("reward.function=tests.training.world:BrightnessReward")
     assert main(broken) == 1

@@ -186,6 +186,12 @@ def test_the_noise_floor_leaves_nothing_behind(root: Path) -> None:
     assert first["rows"][0]["grad_norm"] == again["rows"][0]["grad_norm"] > 0
 
 
+def test_clamped_advantages_are_counted(root: Path) -> None:
+    found = run(root, "clamped", **{"grpo.advantage_clip": 1.0, "training.iterations": 1})
+    beyond = sum(abs(value) > 1.0 for value in found["advantages"][0])
+    assert found["rows"][0]["reward/clamped_advantages"] == beyond > 0
+
+
 def test_a_watched_reward_is_logged_and_changes_nothing(root: Path) -> None:
     plain = run(root, "unwatched")
     watched = run(root, "watched", **{"reward.watch": f"{REWARD}Reversed"})
@@ -225,6 +231,7 @@ def test_an_odd_reward_through_a_whole_iteration(root: Path, kind: str) -> None:
     row = found["rows"][0]
     for name in ("nonfinite", "zero_std_groups", "dropped_groups"):
         assert row[f"reward/{name}"] == counts.get(name, 0)
+    assert row["reward/bad_iterations"] == row["reward/clamped_advantages"] == 0
     if kind in ("OneNan", "OneInfinite"):
         assert row["reward/mean"] == pytest.approx(np.mean([*kept, *SECOND]))
     (every, count), (others, kept_count) = found["without"]["all"], found["without"]["kept"]

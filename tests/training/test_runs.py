@@ -175,6 +175,7 @@ def test_rewards_that_are_never_finite_stop_the_run_after_saving(root: Path) -> 
         run(root, "broken", **changes)
     rows = [json.loads(line) for line in (root / "broken" / "metrics.jsonl").read_text().splitlines()]
     assert [row["reward/nonfinite"] for row in rows] == [8, 8, 8] and "loss" not in rows[0]
+    assert [row["reward/bad_iterations"] for row in rows] == [1, 2, 3]
     assert rows[-1]["optimizer_steps"] == 0
     assert (root / "broken" / "checkpoints" / "iteration_000003").is_dir()
 
