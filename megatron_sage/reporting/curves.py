@@ -7,15 +7,8 @@ from typing import Any
 from megatron_sage.reporting.figures import Series, change_bars, line_chart, number, running_mean, stacked_bars
 from megatron_sage.reporting.record import RunRecord
 
-NOT_DIMENSIONS = {
-    "mean",
-    "std",
-    "nonfinite",
-    "zero_std_groups",
-    "dropped_groups",
-    "clamped_advantages",
-    "bad_iterations",
-}
+NOT_DIMENSIONS = {"mean", "std", "nonfinite", "zero_std_groups", "dropped_groups"}
+NOT_DIMENSIONS |= {"clamped_advantages", "bad_iterations"}
 PHASES = ("rollout", "decode", "reward", "reference", "train")
 
 

@@ -166,3 +166,28 @@ def test_a_missing_directory_is_refused(tmp_path) -> None:
 def test_command_line(run, capsys) -> None:
     assert main([str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
+
+
+def test_noise_floor_and_watched_reward_have_their_charts(tmp_path) -> None:
+    write_run(tmp_path)
+    assert "Noise floor" not in write_report(tmp_path).read_text()
+    floor = {"steps": {"0": 0.0, "3": 2.5e-6}, "largest": 2.5e-6, "clip_range": 1e-4, "layout": "TP 2", "dtype": "bf16"}
+    (tmp_path / "noise_floor.json").write_text(json.dumps(floor))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        row | {"watch/gold": 0.5 - 0.01 * number, "reward/clamped_advantages": 7} for number, row in enumerate(rows)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(write_report(tmp_path).read_text())
+    assert "Noise floor of the ratio" in page.text and "2.5e−6" in page.text and "TP 2" in page.text
+    assert "Watched, not trained on" in page.text and "advantages clamped" in page.text
+    assert "clamped_advantages" not in page.text, "a count is no dimension of the reward"
+
+
+@pytest.mark.parametrize("floor", ['{"steps": {"0": "x"}}', '{"steps": {"a": 1}}', '{"largest": 1}', "[1]"])
+def test_a_broken_noise_floor_is_named(tmp_path, floor: str) -> None:
+    write_run(tmp_path)
+    (tmp_path / "noise_floor.json").write_text(floor)
+    with pytest.raises(UserError, match="noise_floor.json") as error:
+        write_report(tmp_path)
+    assert "\n" not in str(error.value)
