@@ -18,7 +18,7 @@ from typing import Any
 from megatron_sage.config import Config, validate
 from megatron_sage.errors import UserError
 from megatron_sage.study.cells import Run, chosen_cells, planned_runs
-from megatron_sage.study.page import write_page
+from megatron_sage.study.page import write_markdown, write_page
 
 RESULTS, CURVES, SETTINGS = "results.csv", "curves.csv", "study.json"
 MAX_DEATHS = 3  # of workers in a row: what kills every run need not be tried a hundred times
@@ -44,10 +44,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, each on one core (2)")
     parser.add_argument("--out", default="runs/study", help="directory of results.csv, curves.csv and study.html")
     parser.add_argument("--report", action="store_true", help="write only the page, from the results that are there")
+    parser.add_argument("--markdown", action="store_true", help="print its tables as Markdown instead")
     options = parser.parse_intermixed_args(argv)
     if options.seeds < 1 or options.processes < 1:
         raise UserError(f"--seeds {options.seeds} --processes {options.processes}: both must be at least 1")
     directory = Path(options.out)
+    if options.markdown:
+        print(write_markdown(directory), end="")
+        return 0
     if options.report:
         print(write_page(directory))
         return 0

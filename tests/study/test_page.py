@@ -4,14 +4,16 @@ import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from megatron_sage.errors import UserError
+from megatron_sage.study.cells import CHOICES
 from megatron_sage.study.charts import curve, forest
 from megatron_sage.study.claims import CLAIMS
 from megatron_sage.study.page import write_markdown, write_page
-from megatron_sage.study.statistics import cell_interval, compare, t_interval
+from megatron_sage.study.statistics import cell_interval, compare, read_results, t_interval
 from tests.study.fake_study import curves, run, study, write
 
 CELLS = sorted({cell for claim in CLAIMS for cell in (claim.better, claim.worse) if cell})
@@ -247,3 +249,10 @@ def test_malformed_files_leave_no_page(tmp_path) -> None:
     with pytest.raises(UserError, match=r"curves\.csv, line 1: no column iteration"):
         write_page(tmp_path)
     assert not (tmp_path / "study.html").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_the_documented_tables_are_those_of_the_committed_results() -> None:
+    root = Path(__file__).parents[2] / "docs"
+    text = (root / "study.md").read_text()
+    assert text.endswith(write_markdown(root / "study")), "megatron-sage study --markdown --out docs/study"
+    assert len(read_results(root / "study" / "results.csv")) >= 5 * len(CHOICES["all"])
