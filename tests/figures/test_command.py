@@ -66,7 +66,7 @@ def test_all_makes_every_figure(tmp_path, monkeypatch, capsys):
     assert called[-1] == ("reward_curves", tmp_path, Path("runs/x"))
 
 
-@pytest.mark.parametrize("name", ["step_std", "lambda_schedules"])
+@pytest.mark.parametrize("name", ["step_std", "lambda_schedules", "reward_curves", "kl_strategies"])
 def test_the_documented_numbers_are_those_of_this_version(name, tmp_path):
     FIGURES[name][0](tmp_path, DOCS.parent / "study")
     fresh, documented = (list(csv.reader((d / f"{name}.csv").open())) for d in (tmp_path, DOCS))
