@@ -79,6 +79,11 @@ def measure(frames: int, micro_batch: int, repeats: int, folder: Path) -> dict[s
     }
 
 
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
     """All sizes; JSON and a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -95,7 +100,7 @@ def main() -> None:
             print(json.dumps(found[-1]), flush=True)
     content = {
         "date": str(date.today()),
-        "machine": f"{platform.processor() or platform.machine()}, one thread, no GPU",
+        "machine": f"{_cpu()}, one thread, no GPU",
         "torch": torch.__version__,
         "repeats": options.repeats,
         "results": found,
