@@ -179,7 +179,7 @@ def _imported(key: str, function: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        _refuse(key, function, f"cannot be imported: {error}; is it installed or on PYTHONPATH?")
+        _refuse(key, function, f"cannot be imported: {error}; is it installed or on PYTHONPATH? See docs/rewards.md")
     if not hasattr(module, name):
         match = nearest(name, [n for n in vars(module) if not n.startswith("_")])
         cure = f"did you mean {match}?" if match else "check the name"
