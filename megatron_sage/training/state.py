@@ -86,10 +86,11 @@ def load(trainer: Trainer, directory: Path) -> None:
     if source is None:
         raise UserError(f"training.resume=true: {directory} holds no checkpoint: set it to false for a new run")
     plain = dist_checkpointing.load_common_state_dict(str(source))["plain"]
-    if plain["reference"] != trainer.reference.kind:
+    saved = plain.get("reference", trainer.reference.kind)  # not in checkpoints of the first version
+    if saved != trainer.reference.kind:
         raise UserError(
             f"kl.strategy={trainer.engine.config.kl.strategy}: {source} was saved with the position reference "
-            f"{plain['reference']}, this run's is {trainer.reference.kind}: keep it, or start anew"
+            f"{saved}, this run's is {trainer.reference.kind}: keep it, or start anew"
         )
     loaded = dist_checkpointing.load(_sharded_state(trainer, loading=True), str(source))
     for number, chunk in enumerate(trainer.engine.chunks):

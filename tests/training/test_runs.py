@@ -127,6 +127,12 @@ def test_a_resumed_run_is_the_uninterrupted_run(root: Path, single: dict[str, An
         assert np.array_equal(value, resumed["weights"][name]), name
 
 
+def test_a_run_does_not_go_on_with_another_reference(root: Path) -> None:
+    run(root, "anchored", **{"training.iterations": 1})
+    with pytest.raises(UserError, match="saved with the position reference moving, this run's is fixed: keep it"):
+        run(root, "anchored", **{"training.resume": True, "kl.strategy": "fixed"})
+
+
 def test_a_resumed_run_on_context_and_pipeline_ranks_is_the_uninterrupted_run(root: Path) -> None:
     layout = {"parallel.context": 2, "parallel.pipeline": 2}
     whole = run(root, "whole_parallel", 4, **layout)
