@@ -111,13 +111,16 @@ def _changes(run: RunRecord) -> list[tuple[str, float]]:
 def _noise_floor(floor: dict[str, Any]) -> tuple[str, str, str]:
     """|delta logp| between rollout and training path at each step, beside the clip range."""
     steps = [int(step) for step in floor["steps"]]
-    values = [max(_value(value), 1e-18) for value in floor["steps"].values()]  # exact agreement has no logarithm
+    values = [_value(value) or math.nan for value in floor["steps"].values()]  # exact agreement has no logarithm: a gap
     clip = _value(floor.get("clip_range"))
     note = (
         f"largest |Δ logp| of the training path against the rollout before the first update: "
         f"{number(_value(floor.get('largest')))}; clip range {number(clip)}; {floor.get('layout', '')}, "
         f"{floor.get('dtype', '')}"
     )
+    if all(math.isnan(value) for value in values):
+        exact = '<p class="empty">0 at every step: rollout and training path gave the same bits</p>'
+        return "Noise floor of the ratio", note, exact
     lines = [Series("|Δ logp|", steps, values, 0), Series("clip range", steps, [clip] * len(steps), 1)]
     return "Noise floor of the ratio", note, line_chart(lines, x_label="denoising step", log=True)
 

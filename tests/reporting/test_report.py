@@ -182,6 +182,8 @@ def test_noise_floor_and_watched_reward_have_their_charts(tmp_path) -> None:
     assert "Noise floor of the ratio" in page.text and "2.5e−6" in page.text and "TP 2" in page.text
     assert "Watched, not trained on" in page.text and "advantages clamped" in page.text
     assert "clamped_advantages" not in page.text, "a count is no dimension of the reward"
+    (tmp_path / "noise_floor.json").write_text(json.dumps(floor | {"steps": {"0": 0.0, "3": 0.0}, "largest": 0.0}))
+    assert "gave the same bits" in Page(write_report(tmp_path).read_text()).text
 
 
 @pytest.mark.parametrize("floor", ['{"steps": {"0": "x"}}', '{"steps": {"a": 1}}', '{"largest": 1}', "[1]"])
