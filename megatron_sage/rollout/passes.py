@@ -1,5 +1,6 @@
 """What a task of the pipeline means: a step of a rollout, or a reference's velocity. See `parallel.pipeline.Work`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from megatron_sage.rollout.policy import Network
 from megatron_sage.rollout.transitions import StepTable, transition_log_prob
 
 
-class ForwardPass:
+class ForwardPass(ABC):
     """Forwards of both branches of a micro-batch; what is done with their velocities is the subclass's part."""
 
     def __init__(self, network: Network, table: StepTable, trajectories: Sequence[MicroTrajectory]) -> None:
@@ -21,13 +22,13 @@ class ForwardPass:
         self.network, self.table, self.trajectories = network, table, trajectories
         self._branches: dict[tuple[int, int], list[torch.Tensor]] = {}
 
+    @abstractmethod
     def inputs(self, task: Task) -> tuple[torch.Tensor | None, int]:
         """(latents, read where the task starts; number of the denoising step)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, task: Task, velocities: list[torch.Tensor]) -> None:
         """Of all branches, on the last stage."""
-        raise NotImplementedError
 
     def forward(self, task: Task, packed: torch.Tensor | None) -> torch.Tensor:
         trajectory = self.trajectories[task.flight]
