@@ -47,7 +47,7 @@ class OneFinite(ByPlace):
 class Reversed(ByPlace):
     """Scores in which trained and watched rewards differ."""
 
-    values = tuple(reversed(ByPlace.values))
+    values = tuple(1.5 - value for value in reversed(ByPlace.values))
 
 
 def whole(chunks: Any, which: Any) -> dict[str, np.ndarray]:
@@ -91,6 +91,8 @@ def inspect(arguments: list[str], processes: int, noise: float = 0.0) -> dict[st
             found["references_left"] = [len(t.reference_SBC) for t in trajectories]
             if len(found["trained"]) == 1 and self.engine.config.name.startswith("dropped"):
                 found["without"] = without_dropped(self, trajectories)
+            if self.engine.config.name == "equalized":
+                found["pull"] = {step: pull_of_step(self, trajectories, step) for step in self.table.trained_steps}
             return row
 
         def _step(self, statistics: Any) -> list[float]:
@@ -142,3 +144,15 @@ def without_dropped(trainer: Any, trajectories: list[Any]) -> dict[str, np.ndarr
         samples = sum(float(one.sums[0]) for one in statistics)
         found.append((whole(trainer.engine.chunks, "grad"), samples))
     return {"all": found[0], "kept": found[1]}
+
+
+def pull_of_step(trainer: Any, trajectories: list[Any], step: int) -> tuple[float, float]:
+    """Norms of one step's gradient with the run's scales and with none."""
+    pairs, scales, norms = [(number, step) for number in range(len(trajectories))], trainer.objective.scales, []
+    for some in (scales, [1.0] * len(scales)):
+        trainer.objective.use(trainer.table, some)
+        trainer.replay.gradients(trajectories, pairs, lambda count: None)
+        gradients = whole(trainer.engine.chunks, "grad").values()
+        norms.append(float(np.sqrt(sum(np.square(value, dtype=np.float64).sum() for value in gradients))))
+    trainer.objective.use(trainer.table, scales)
+    return norms[0], norms[1]
