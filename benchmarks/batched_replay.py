@@ -46,7 +46,11 @@ def trainer(frames: int, micro_batch: int, folder: Path) -> Any:
 
 
 def measure(frames: int, micro_batch: int, repeats: int, folder: Path) -> dict[str, Any]:
-    """Seconds for all pairs of one group at each K, and the gradient's distance from K = 1."""
+    """Seconds for all pairs of one group at each K, and the gradient's distance from K = 1.
+
+    The distance over the whole gradient's norm, and over the mean norm of a single pair's: advantages of a group
+    cancel, so the sum is smaller than its parts, whose rounding it keeps.
+    """
     run = trainer(frames, micro_batch, folder)
     trajectories, _ = run._roll_out()
     rewards, row, _ = run._score(trajectories)
@@ -62,9 +66,13 @@ def measure(frames: int, micro_batch: int, repeats: int, folder: Path) -> dict[s
             if repeat:  # the first one warms up
                 seconds[size].append(time.perf_counter() - begin)
             else:
-                parameters = [p for chunk in run.engine.chunks for p in chunk.parameters() if p.requires_grad]
-                gradients[size] = torch.cat([p.main_grad.flatten().clone() for p in parameters])
-    whole = gradients[1].norm()
+                gradients[size] = _gradient(run)
+    run.engine.config.grpo.replay_batch = 1
+    norms = []
+    for pair in pairs:
+        run.replay.gradients(trajectories, [pair], lambda count: None)
+        norms.append(float(_gradient(run).norm()))
+    whole, of_pair = gradients[1].norm(), statistics.fmean(norms)
     return {
         "frames": frames,
         "video_tokens": run.engine.shape.shard.num_tokens,
@@ -76,7 +84,13 @@ def measure(frames: int, micro_batch: int, repeats: int, folder: Path) -> dict[s
             for size, values in seconds.items()
         },
         "gradient_error": {size: float((value - gradients[1]).norm() / whole) for size, value in gradients.items()},
+        "error_of_a_pair": {size: float((value - gradients[1]).norm() / of_pair) for size, value in gradients.items()},
     }
+
+
+def _gradient(run: Any) -> torch.Tensor:
+    parameters = [p for chunk in run.engine.chunks for p in chunk.parameters() if p.requires_grad]
+    return torch.cat([p.main_grad.flatten().double() for p in parameters])
 
 
 def _cpu() -> str:
