@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from datetime import date
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the Trainer is put together by the tests' helper
 SIZES = (1, 2, 4, 8)
 
 
