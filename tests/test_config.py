@@ -63,7 +63,7 @@ def test_file_then_overrides(tmp_path):
     config = load_config(path, ["sampler.num_steps=7", "optimizer.lr=1e-4", "training.resume=true"])
     assert (config.name, config.output_dir) == ("tiny", "runs/tiny")
     assert (config.sampler.num_steps, config.sampler.eta) == (7, 0.1)
-    assert config.optimizer.lr == 1e-4 and config.training.resume is True
+    assert config.optimizer.lr == 1e-4 and config.training.resume == "yes"
     assert config.reward.weights == {"CLIP": 1.0}, "a file's weights replace the default's"
     assert config.training.save_interval == 7, "interpolation sees the overrides"
     assert config.kl == Config().kl
@@ -134,7 +134,7 @@ def test_a_slip_of_the_finger_is_refused_with_the_key_that_was_meant(key, data):
     [
         ("sampler.group_size=4", "did you mean grpo.group_size?"),
         ("learning_rate=1", "known here: name, output_dir"),
-        ("training.steps=1", "known here: training.iterations, training.save_interval, training.resume"),
+        ("training.steps=1", "known here: training.iterations, training.save_interval, training.async_save"),
         ("lr=1", "did you mean optimizer.lr?"),
         ("optimiser.lr=1", "did you mean optimizer"),
         ("grpo.group_size.x=1", "expects a whole number"),
@@ -160,7 +160,7 @@ def test_a_slip_of_the_finger_is_refused_with_the_key_that_was_meant(key, data):
         ("kl.schedule=two-stage", "did you mean two_stage?"),
         ("kl.feedback=loosen", "choose from relax, tighten"),
         ("precision.dtype=float16", "choose from fp32, bf16"),
-        ("precision.dtype=fp8", "is not in this version"),
+        ("precision.dtype=fp8", "is the format of GEMMs"),
         ("precision.recompute=all", "choose from none, selective, full"),
     ],
 )

@@ -166,8 +166,9 @@ def _typed(value: Any, annotation: Any, key: str, origins: dict[str, str]) -> An
         annotation = next(option for option in get_args(annotation) if option is not type(None))
     if get_origin(annotation) is Literal:
         choices = list(get_args(annotation))
-        if isinstance(value, bool) and {"on", "off"} <= set(choices):  # YAML reads a bare on as true
-            value = "on" if value else "off"
+        for on, off in (("on", "off"), ("yes", "no")):  # YAML reads a bare on or yes as true
+            if isinstance(value, bool) and {on, off} <= set(choices):
+                value = on if value else off
         if value not in choices:
             problem = UNAVAILABLE.get((key, str(value)), "unknown")
             raise UserError(f"{key}={_show(value)}{where}: {problem}; {_choose(str(value), choices)}")

@@ -39,6 +39,12 @@ class PrecisionConfig:
     """Number formats, memory against recomputation, CPU threads."""
 
     dtype: Literal["fp32", "bf16"] = "bf16"  # weights and activations of a forward; the optimizer keeps fp32 (paper)
+    fp8: Literal["none", "e4m3", "hybrid"] = "none"  # number format of the blocks' GEMMs by Transformer Engine; hybrid:
+    # e4m3 forward, e5m2 for gradients. Needs dtype bf16 and a GPU (ours)
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"  # how scales are chosen; delayed
+    # keeps a history and is frozen between a rollout and its first update; mxfp8 needs Blackwell (ours)
+    fp8_first_bf16: int = 0  # blocks at the beginning of the model that stay bf16 (ours)
+    fp8_last_bf16: int = 0  # blocks at its end that stay bf16 (ours)
     recompute: Literal["none", "selective", "full"] = "none"  # activation recomputation in the backward
     threads: int | None = None  # CPU threads of each process; None: PyTorch's or OMP_NUM_THREADS' choice
 
@@ -102,11 +108,16 @@ class KlConfig:
 
     strategy: Literal["none", "fixed", "step", "moving", "dual"] = "dual"  # reference: none, initial model, policy of
     # the rollout, moving anchor, or both a position reference and the policy of the rollout (paper: dual)
-    position: Literal["moving", "fixed"] = "moving"  # dual's position reference (paper: dual moving)
+    position: Literal["moving", "fixed", "both"] = "moving"  # dual's position reference; both: moving, and the initial
+    # model with a weight of its own (paper: dual moving)
     phase: Literal["rollout", "training"] = "rollout"  # when its velocities are computed: once, or before each update
     position_weight: float = 1.0  # dual: weight of the KL to the position reference (paper)
+    initial_weight: float = 0.0  # position=both: weight of the KL to the initial model; 0 only measures it (ours)
     velocity_weight: float = 0.1  # dual: weight of the KL to the policy that made the rollout (paper)
     anchor_interval: int = 10  # optimizer steps between two refreshes of the anchor (paper)
+    anchor_placement: Literal["host", "device"] = "host"  # where a reference's weights wait: in (pinned) host memory,
+    # streamed through the device block by block, or whole on the device: faster, for a second copy of the shard (ours)
+    anchor_sharded: bool = False  # host: split them over the CP·DP ranks that hold the same shard; gathered when used
     step_kl: Literal["logprob", "closed_form"] = "logprob"  # estimator of the velocity KL (paper: eq. 15)
     schedule: Literal["fixed", "two_stage", "milder"] = "two_stage"  # lambda_max throughout; warm-up, then feedback;
     # or warm-up alone (paper)
@@ -130,8 +141,13 @@ class RewardConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW through Megatron's optimizer."""
+    """AdamW or Muon through Megatron's optimizer."""
 
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, with AdamW for all else (paper: either)
+    distributed: bool = False  # fp32 weights and moments split over DP·CP: Megatron's distributed optimizer (ours)
+    offload: Literal["none", "hybrid", "deepspeed"] = "none"  # fp32 weights and moments in host memory: Megatron's
+    # hybrid optimizer, or DeepSpeed's CPU Adam (extra `deepspeed`) (ours)
+    offload_fraction: float = 1.0  # hybrid: part of the parameters whose state is in host memory (ours)
     lr: float = 1e-5  # learning rate, constant after the warm-up (paper)
     warmup_steps: int = 0  # optimizer steps of linear warm-up: Adam's first steps are as large as lr allows (ours)
     weight_decay: float = 0.01  # decoupled (paper)
@@ -139,6 +155,23 @@ class OptimizerConfig:
     beta2: float = 0.999  # decay of the second moment (PyTorch)
     eps: float = 1e-8  # added to the root of the second moment (PyTorch)
     grad_clip: float = 1.0  # global gradient norm; 0 switches clipping off (paper)
+    muon_momentum: float = 0.95  # muon: decay of its momentum, Nesterov (Muon)
+    muon_steps: int = 5  # muon: Newton-Schulz iterations (Muon)
+    ema_decay: float | None = None  # decay of a moving average of the policy's weights, e.g. 0.999; null: none (ours)
+    ema_device: Literal["host", "device"] = "host"  # where the average is kept, in fp32 (ours)
+    max_nonfinite: int = 10  # updates skipped for a non-finite gradient, in a row, before the run stops (ours)
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on the blocks' linear layers; everything else is frozen."""
+
+    rank: int | None = None  # null: no adapters, all weights are trained
+    alpha: float | None = None  # the update is alpha / rank · B·A; null: rank (PEFT's convention)
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])  # linear layers of the
+    # blocks by diffusers' names; also add_q_proj, add_k_proj, add_v_proj, to_add_out, ff.net.0.proj, ff.net.2,
+    # ff_context.net.0.proj, ff_context.net.2, norm1.linear, norm1_context.linear
+    export: Literal["separate", "merged"] = "separate"  # adapter file in PEFT's layout, or whole weights
 
 
 @dataclass
@@ -155,7 +188,13 @@ class TrainingConfig:
 
     iterations: int = 100  # rollouts followed by updates; 0 evaluates the given model and stops (ours)
     save_interval: int = 0  # iterations between two checkpoints; 0: only at the end
-    resume: bool = False  # go on from the newest checkpoint in output_dir
+    async_save: bool = False  # write checkpoints beside the next iteration, from a copy in host memory (ours)
+    keep_last: int | None = None  # newest checkpoints that stay; null: all (ours)
+    keep_every: int | None = None  # keep_last: those of every n-th iteration stay as well (ours)
+    resume: Literal["no", "auto", "yes"] = "no"  # go on from the newest checkpoint in output_dir; auto: if there is
+    # one, else begin (for jobs that are requeued); true and false are yes and no
+    stall_seconds: float | None = 1800.0  # silence of a rank in one phase after which all ranks' phases are printed
+    # and the run ends; null: never (ours)
 
 
 @dataclass
@@ -184,6 +223,7 @@ class Config:
     kl: KlConfig = field(default_factory=KlConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -217,5 +257,5 @@ ALIASES = {
 # Values that a reader of the paper may try: why they are refused, said before the list of what there is.
 UNAVAILABLE = {
     ("sampler.sde_type", "ode"): "draws no noise, so there is no log-probability to train on",
-    ("precision.dtype", "fp8"): "is not in this version",
+    ("precision.dtype", "fp8"): "is the format of GEMMs, not of weights: set precision.fp8 and keep dtype bf16",
 }

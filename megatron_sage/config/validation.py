@@ -16,6 +16,7 @@ from typing import Any
 from megatron_sage.config.layout import check_model_layout, check_schedule, check_world
 from megatron_sage.config.loading import bind, nearest
 from megatron_sage.config.schema import Config, lambda_max
+from megatron_sage.config.state_rules import check_lora, check_optimizer, check_precision, check_state
 from megatron_sage.errors import UserError
 
 ARCHITECTURE = "HunyuanVideo15Transformer3DModel"
@@ -68,6 +69,22 @@ _BOUNDS: list[tuple[str, str, float, str]] = [
     ("optimizer.beta2", "<", 1, "0.999 is the usual value"),
     ("optimizer.eps", ">", 0, "1e-8 is the usual value"),
     ("optimizer.grad_clip", ">=", 0, "0 switches clipping off"),
+    ("precision.fp8_first_bf16", ">=", 0, "0 keeps none"),
+    ("precision.fp8_last_bf16", ">=", 0, "0 keeps none"),
+    ("kl.initial_weight", ">=", 0, "0 only measures the term"),
+    ("optimizer.offload_fraction", ">", 0, "optimizer.offload=none keeps all state on the device"),
+    ("optimizer.offload_fraction", "<=", 1, "1 is everything"),
+    ("optimizer.muon_momentum", ">=", 0, "0.95 is the usual value"),
+    ("optimizer.muon_momentum", "<", 1, "0.95 is the usual value"),
+    ("optimizer.muon_steps", ">=", 1, "5 is the usual number"),
+    ("optimizer.ema_decay", ">", 0, "null keeps no average"),
+    ("optimizer.ema_decay", "<", 1, "0.999 is a usual value"),
+    ("optimizer.max_nonfinite", ">=", 0, "0 stops at the first"),
+    ("lora.rank", ">=", 1, "null trains all weights"),
+    ("lora.alpha", ">", 0, "null takes the rank"),
+    ("training.keep_last", ">=", 1, "null keeps all"),
+    ("training.keep_every", ">=", 1, "null keeps none but the last"),
+    ("training.stall_seconds", ">", 0, "null never ends a run"),
     ("training.iterations", ">=", 0, "0 evaluates the given model and stops"),
     ("training.save_interval", ">=", 0, "0 saves only at the end"),
     ("evaluation.samples_per_prompt", ">=", 1, "evaluation.prompts=null switches evaluation off"),
@@ -88,6 +105,10 @@ def validate(config: Config, world_size: int) -> None:
     _check_layout(config, world_size)
     _check_video(config)
     _check_method(config)
+    check_precision(config)
+    check_optimizer(config)
+    check_lora(config)
+    check_state(config)
     _check_reward(config)
     _check_files(config)
     _check_updates(config, world_size)

@@ -52,7 +52,7 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
     codec, reward = load_codec(config), build_reward(config)
     trainer = Trainer(engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter)
     validation = [prompts[t] for t in held_out]
-    if config.training.resume:
+    if resumes(config):
         state.load(trainer, directory / "checkpoints")
     log = MetricsLog(directory, main, keep_below=trainer.iteration)
     _say_layout(config, engine, reporter)
@@ -75,6 +75,12 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
     if main:
         reporter.line(f"report: {write_report(directory)}")
     dist.barrier(group=dist.group.WORLD)
+
+
+def resumes(config: Config) -> bool:
+    """Whether the run goes on from a checkpoint; `auto` where there is one."""
+    found = state.newest(Path(config.output_dir) / "checkpoints") is not None
+    return config.training.resume == "yes" or (config.training.resume == "auto" and found)
 
 
 def build_reward(config: Config) -> Reward:
@@ -142,9 +148,9 @@ def _start_directory(directory: Path, config: Config, groups: process_groups.Gro
     """The run's directory with its config; refused where another run's results would be mixed with this one's."""
     problem: list[str | None] = [None]
     if groups.rank == 0:
-        if (directory / "metrics.jsonl").exists() and not config.training.resume:
+        if (directory / "metrics.jsonl").exists() and config.training.resume == "no":
             problem = [
-                f"output_dir={directory}: holds a run already: choose another, delete it, or set training.resume=true"
+                f"output_dir={directory}: holds a run already: choose another, delete it, or set training.resume=yes"
             ]
         else:
             directory.mkdir(parents=True, exist_ok=True)

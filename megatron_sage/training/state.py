@@ -84,7 +84,7 @@ def load(trainer: Trainer, directory: Path) -> None:
     """Continue from the newest checkpoint under `directory`. All ranks call."""
     source = newest(directory)
     if source is None:
-        raise UserError(f"training.resume=true: {directory} holds no checkpoint: set it to false for a new run")
+        raise UserError(f"training.resume=yes: {directory} holds no checkpoint: set it to no for a new run, or to auto")
     plain = dist_checkpointing.load_common_state_dict(str(source))["plain"]
     saved = plain.get("reference", trainer.reference.kind)  # not in checkpoints of the first version
     if saved != trainer.reference.kind:
