@@ -216,9 +216,22 @@ def _choices() -> Iterator[Finding]:
     yield Finding(section, "optimizer", "ok", f"{adam.__module__.partition('.')[0]}'s {adam.__name__}")
     kernels = "flash, cuDNN or efficient kernels by shape" if gpu else "CPU kernels"
     yield Finding(section, "attention", "ok", f"torch scaled_dot_product_attention ({kernels})")
+    yield _fp8()
     bf16 = not gpu or torch.cuda.is_bf16_supported()
     detail = "supported" if bf16 else "this GPU has none: precision.dtype=fp32"
     yield Finding(section, "bf16", "ok" if bf16 else "warning", detail)
+
+
+def _fp8() -> Finding:
+    """The recipes of precision.fp8 that this machine can run."""
+    from megatron_sage.config.state_rules import fp8_obstacle
+
+    recipes = ("tensorwise", "blockwise", "mxfp8", "delayed")
+    obstacles = {recipe: fp8_obstacle(recipe) for recipe in recipes}
+    able = [recipe for recipe in recipes if obstacles[recipe] is None]
+    if able:
+        return Finding("will be used", "fp8", "ok", f"can be switched on: {', '.join(able)}; not verified on GPU")
+    return Finding("will be used", "fp8", "optional", str(obstacles["tensorwise"]).partition(",")[0])
 
 
 def _self_checks() -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from megatron_sage.grpo.schedule import shifted_sigmas
 from megatron_sage.grpo.sde import StepCoefficients, is_normalized, step_coefficients
 from megatron_sage.grpo.window import window_steps, windowed
 from megatron_sage.model.config import HunyuanVideoConfig
+from megatron_sage.model.precision import Quantisation
 from megatron_sage.model.transformer import HunyuanVideoDiT, TextCondition, build_chunks
 from megatron_sage.parallel import groups as process_groups
 from megatron_sage.parallel.device import device
 from megatron_sage.parallel.groups import Groups
 from megatron_sage.rollout.policy import Network, Prompt, VideoShape
 from megatron_sage.rollout.transitions import StepTable
+from megatron_sage.training.precision import fp8_fields
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEMPORAL, SPATIAL = 4, 16  # compression of the HunyuanVideo-1.5 VAE
@@ -47,6 +50,11 @@ class Engine:
     def model_config(self) -> HunyuanVideoConfig:
         """The policy's configuration, the same for all chunks."""
         return self.chunks[0].config
+
+    @cached_property
+    def quantisation(self) -> Quantisation:
+        """The FP8 layers of the policy; none without FP8."""
+        return Quantisation(self.chunks)
 
     def network(self, guidance: float | None = None) -> Network:
         """The policy with the run's guidance, or another."""
@@ -104,6 +112,7 @@ def model_config(config: Config, transformer: dict[str, Any]) -> HunyuanVideoCon
         pipeline_layout=layout.pipeline_layout,
         dtype=DTYPES[config.precision.dtype],
         recompute=config.precision.recompute,
+        **fp8_fields(config.precision),
     )
 
 

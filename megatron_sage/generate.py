@@ -20,6 +20,7 @@ from megatron_sage.reporting.video import write_mp4
 from megatron_sage.rollout.policy import Prompt
 from megatron_sage.rollout.sampler import Flight, sample_latents
 from megatron_sage.rollout.scoring import whole_latents
+from megatron_sage.training.precision import calibrate
 
 AT_ONCE = 4  # videos on the way for each pipeline stage
 
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> int:
     try:
         engine = build_engine(config, groups)
         prompts = encode_prompts(config, engine, texts)
+        calibrate(engine, [prompts[text] for text in texts])
         _sample(config, engine, [prompts[text] for text in texts], arguments)
     finally:
         process_groups.shutdown()

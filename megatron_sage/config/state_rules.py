@@ -1,5 +1,6 @@
 """Rules of precision, optimizer, adapters and checkpoints: which settings exclude each other, and what they need."""
 
+import importlib.util
 from typing import Any
 
 from megatron_sage.config.schema import Config
@@ -12,6 +13,58 @@ def _refuse(key: str, value: Any, rule: str) -> None:
 
 def check_precision(config: Config) -> None:
     """FP8 exists where Transformer Engine and a GPU do; without them it would silently do nothing."""
+    precision = config.precision
+    for key in ("fp8_first_bf16", "fp8_last_bf16"):
+        if getattr(precision, key) < 0:
+            _refuse(f"precision.{key}", getattr(precision, key), "must be >= 0")
+    if precision.fp8 == "none":
+        if precision.fp8_first_bf16 or precision.fp8_last_bf16:
+            _refuse("precision.fp8_first_bf16", precision.fp8_first_bf16, "has no effect without precision.fp8; set it")
+        return
+    if precision.dtype != "bf16":
+        rule = f"needs precision.dtype=bf16, not {precision.dtype}: what is no GEMM of a block stays in it"
+        _refuse("precision.fp8", precision.fp8, rule)
+    if obstacle := fp8_obstacle(precision.fp8_recipe):
+        _refuse("precision.fp8", precision.fp8, obstacle)
+
+
+def check_fp8_blocks(config: Config, num_layers: int) -> None:
+    """Some block must be left that runs in FP8."""
+    precision = config.precision
+    if precision.fp8 != "none" and precision.fp8_first_bf16 + precision.fp8_last_bf16 >= num_layers:
+        rule = (
+            f"with fp8_last_bf16={precision.fp8_last_bf16} no block of {num_layers} would run in FP8; use fewer, or "
+            "precision.fp8=none"
+        )
+        _refuse("precision.fp8_first_bf16", precision.fp8_first_bf16, rule)
+
+
+def fp8_obstacle(recipe: str) -> str | None:
+    """Why this machine cannot run the recipe, with the cure; None: it can, as far as one can see."""
+    import torch
+
+    other = "set precision.fp8=none"
+    missing = [] if torch.cuda.is_available() else ["a GPU"]
+    if importlib.util.find_spec("transformer_engine") is None:
+        missing.append("the package transformer-engine (extra gpu)")
+    if missing:
+        return f"needs {' and '.join(missing)}, without which Megatron would leave it out unsaid; {other}"
+    return fp8_obstacle_of_device(recipe, torch.cuda.get_device_capability(), torch.version.cuda or "0")
+
+
+def fp8_obstacle_of_device(recipe: str, capability: tuple[int, int], cuda: str) -> str | None:
+    """The same of a GPU's compute capability and a CUDA version like "12.9" (Transformer Engine 2.11's own rules)."""
+    version = tuple(int(part) for part in cuda.split(".")[:2])
+    have = f"this GPU has compute capability {capability[0]}.{capability[1]}"
+    if capability < (8, 9):
+        return f"needs compute capability 8.9 (Ada, Hopper, Blackwell), {have}; set precision.fp8=none"
+    if recipe == "mxfp8" and not (10, 0) <= capability < (12, 0):
+        return f"recipe mxfp8 needs compute capability 10.x (Blackwell), {have}; set precision.fp8_recipe=tensorwise"
+    if recipe == "blockwise" and capability < (9, 0):
+        return f"recipe blockwise needs compute capability 9.0 (Hopper), {have}; set precision.fp8_recipe=tensorwise"
+    if recipe == "blockwise" and version < (12, 9):
+        return f"recipe blockwise needs CUDA 12.9, torch has {cuda}; set precision.fp8_recipe=tensorwise"
+    return None
 
 
 def check_optimizer(config: Config) -> None:

@@ -8,6 +8,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from megatron_sage.model.config import HunyuanVideoConfig
+from megatron_sage.model.precision import real_rows
 from megatron_sage.model.recompute import run, selective_modules
 from megatron_sage.model.rope import rotate
 from megatron_sage.parallel.context import Heads
@@ -100,6 +101,8 @@ class JointAttention(MegatronModule):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This rank's tokens in and out. The last block's text output is None: nothing reads it."""
         context, num_text = layout.context, layout.text.num_tokens
+        if self.config.fp8 is not None:
+            image_SBH, text_LBH = real_rows(image_SBH, layout.image.valid), real_rows(text_LBH, layout.text.valid)
         image_qkv = self.img_qkv(image_SBH)[0][: context.valid]
         text_qkv = self.txt_qkv(text_LBH)[0][:num_text]
 

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from megatron_sage.model.attention import TokenLayout
 from megatron_sage.model.config import HunyuanVideoConfig
 from megatron_sage.model.norm import AdaModulation, Modulation, modulated_layer_norm
+from megatron_sage.model.precision import real_rows
 from megatron_sage.model.recompute import run, selective_modules
 
 
@@ -20,6 +22,19 @@ class DoubleStreamBlockSubmodules:
     modulation_linear: ModuleSpec | type
     attention: ModuleSpec
     mlp: ModuleSpec
+
+
+class StreamMLP(MLP):
+    """Megatron's MLP that knows how many of its tokens are real: in FP8 padding may not take part in a scale."""
+
+    def forward(
+        self, x_SBH: torch.Tensor, local: int, whole: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`local` real tokens of `x`, `whole` of what the first linear makes of it: sequence parallelism gathers."""
+        if self.config.fp8 is None:
+            return super().forward(x_SBH)
+        hidden, bias = self.linear_fc1(real_rows(x_SBH, local))
+        return self.linear_fc2(real_rows(self.activation_func(hidden + bias), whole))
 
 
 class DoubleStreamBlock(MegatronModule):
@@ -75,17 +90,19 @@ class DoubleStreamBlock(MegatronModule):
             self._norm(text, text_mod.shift_attn, text_mod.scale_attn),
             layout,
         )
-        image = self._mlp(self.ff, torch.addcmul(image, image_attn, image_mod.gate_attn), image_mod)
+        image = torch.addcmul(image, image_attn, image_mod.gate_attn)
+        image = self._mlp(self.ff, image, image_mod, layout.image.valid, layout.context.valid)
         if text_attn is None:
             return (image,)
-        return image, self._mlp(self.ff_context, torch.addcmul(text, text_attn, text_mod.gate_attn), text_mod)
+        text = torch.addcmul(text, text_attn, text_mod.gate_attn)
+        return image, self._mlp(self.ff_context, text, text_mod, layout.text.valid, layout.text.num_tokens)
 
     def _norm(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return run("layernorm" in self.recompute, modulated_layer_norm, x, shift, scale)
 
-    def _mlp(self, mlp: torch.nn.Module, x: torch.Tensor, mod: Modulation) -> torch.Tensor:
+    def _mlp(self, mlp: torch.nn.Module, x: torch.Tensor, mod: Modulation, local: int, whole: int) -> torch.Tensor:
         def normed_mlp(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-            out, bias = mlp(self._norm(x, shift, scale))
+            out, bias = mlp(self._norm(x, shift, scale), local, whole)
             return out + bias
 
         out = run("mlp" in self.recompute, normed_mlp, x, mod.shift_mlp, mod.scale_mlp)

@@ -19,6 +19,9 @@ DIFFUSERS_CLASS = "HunyuanVideo15Transformer3DModel"
 BYT5_INNER_WIDTH = 2048  # hard-coded in diffusers and in the official code, whatever the model's size
 RECOMPUTE = ("none", "selective", "full")
 TE_BACKENDS = ("te_p2p", "te_a2a", "te_a2a+p2p")  # Transformer Engine's, GPU only
+# Of a tile's edge, or what Transformer Engine documents for one scale a tensor; mxfp8 and blockwise tensors are gathered
+# over TP in whole tiles only.
+FP8_ALIGNMENT = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 CONTEXT_BACKENDS = (AUTO, ULYSSES, ALLGATHER, *TE_BACKENDS)
 
 # diffusers' constructor defaults: what a key that is absent from config.json means
@@ -75,6 +78,11 @@ class HunyuanVideoConfig(TransformerConfig):
     """`_diffusers_version` of the config.json, kept so that it can be written back as it was."""
     context_backend: str = AUTO
     """How attention exchanges tokens over CP; `auto` is resolved on construction."""
+    fp8_first_bf16: int = 0
+    """Blocks at the beginning of the model that stay bf16 where `fp8` is set. Megatron's `first_last_layers_bf16` is
+    not used: it goes by its own block and refuses the delayed recipe."""
+    fp8_last_bf16: int = 0
+    """Blocks at its end that do."""
     has_cond_embedder: bool = True
     """Makes `finalize_model_grads` sum the timestep embedder's gradients over the pipeline: each stage has a copy."""
 
@@ -84,7 +92,16 @@ class HunyuanVideoConfig(TransformerConfig):
         if self.context_backend == AUTO:
             sizes = self.num_attention_heads, self.tensor_model_parallel_size, self.context_parallel_size
             self.context_backend, _ = choose_backend(*sizes)
+        # Megatron's rules for FP8 are those of its own block, whose recompute and first and last layers work in
+        # another way: it would refuse what this model can do. `config.state_rules` has this model's.
+        fp8, self.fp8 = self.fp8, None
         super().__post_init__()
+        self.fp8 = fp8
+
+    @property
+    def fp8_alignment(self) -> int:
+        """Of what FP8 GEMMs take, the number of tokens and of features on a rank must be a multiple; 1 without FP8."""
+        return 1 if self.fp8 is None else FP8_ALIGNMENT[str(self.fp8_recipe)]
 
     @property
     def stage_blocks(self) -> list[list[range]]:

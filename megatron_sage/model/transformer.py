@@ -19,6 +19,7 @@ from megatron_sage.model.conditions import TextCondition
 from megatron_sage.model.config import HunyuanVideoConfig
 from megatron_sage.model.embeddings import ByT5Projection, ImageProjection, PatchEmbedding, TimeEmbedding, TokenRefiner
 from megatron_sage.model.norm import AdaLayerNormOut
+from megatron_sage.model.precision import QuantisedLinear, runs_fp8
 from megatron_sage.model.rope import rotary_table
 from megatron_sage.model.specs import block_spec
 from megatron_sage.model.stages import TIME_EMBEDDER
@@ -77,6 +78,10 @@ class HunyuanVideoDiT(MegatronModule):
                 for index in stages[self.pp_group.rank()][vp_stage]
             }
         )
+        for index, block in self.transformer_blocks.items():
+            for module in block.modules():
+                if isinstance(module, QuantisedLinear):
+                    module.runs_fp8 = runs_fp8(config, int(index))
         if self.post_process:
             self.norm_out = AdaLayerNormOut(config, pg_collection)
             self.proj_out = torch.nn.Linear(config.hidden_size, config.out_channels)
@@ -147,9 +152,8 @@ class HunyuanVideoDiT(MegatronModule):
         """How the video's tokens are cut: over CP, and over TP with sequence parallelism."""
         split = self.tp_group.size() if self.config.sequence_parallel else 1
         place = self.tp_group.rank() if self.config.sequence_parallel else 0
-        return TokenShard(
-            grid[0] * grid[1] * grid[2], self.cp_group.size() * split, self.cp_group.rank() * split + place
-        )
+        parts, rank = self.cp_group.size() * split, self.cp_group.rank() * split + place
+        return TokenShard(grid[0] * grid[1] * grid[2], parts, rank, self.config.fp8_alignment)
 
     @property
     def token_group(self) -> dist.ProcessGroup | None:
@@ -165,7 +169,8 @@ class HunyuanVideoDiT(MegatronModule):
     def _layout(self, grid: tuple[int, int, int], text: TextCondition, where: torch.device) -> TokenLayout:
         image = self.image_shard(grid)
         split = self.tp_group.size() if self.config.sequence_parallel else 1
-        context = TokenShard(image.num_tokens, self.cp_group.size(), self.cp_group.rank(), multiple=split)
+        multiple = split * self.config.fp8_alignment
+        context = TokenShard(image.num_tokens, self.cp_group.size(), self.cp_group.rank(), multiple)
         table = rotary_table(tuple(grid), self.config.rope_axes_dim, float(self.config.rope_theta), where)
         # by global index: a rank that began to count at its own first token would see another video
         rotation = table[context.start : context.start + context.valid]
@@ -207,15 +212,15 @@ class HunyuanVideoDiT(MegatronModule):
         return {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
 
     def _text_shard(self, text: TextCondition) -> TokenShard:
-        if self.config.sequence_parallel:
-            return TokenShard(text.num_tokens, self.tp_group.size(), self.tp_group.rank())
-        return TokenShard(text.num_tokens, 1, 0)
+        parts, rank = (self.tp_group.size(), self.tp_group.rank()) if self.config.sequence_parallel else (1, 0)
+        return TokenShard(text.num_tokens, parts, rank, self.config.fp8_alignment)
 
     def _shard_text(self, text_LBH: torch.Tensor, shard: TokenShard) -> torch.Tensor:
+        text_LBH = pad_tokens(text_LBH, shard.padded)
         if not self.config.sequence_parallel:
             return text_LBH
         # the backward pass gathers the ranks' gradients: the embedders, replicated, see the whole one
-        return scatter_to_sequence_parallel_region(pad_tokens(text_LBH, shard.padded), group=self.tp_group)
+        return scatter_to_sequence_parallel_region(text_LBH, group=self.tp_group)
 
     def _check_inputs(
         self,

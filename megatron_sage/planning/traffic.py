@@ -43,11 +43,12 @@ class Place:
     @property
     def context_tokens(self) -> int:
         """Video tokens of a CP rank, padding included: what a TP group gathers."""
-        return TokenShard(self.video_tokens, self.config.context_parallel_size, 0, self.split).local
+        multiple = self.split * self.config.fp8_alignment
+        return TokenShard(self.video_tokens, self.config.context_parallel_size, 0, multiple).local
 
     def text_tokens(self, text: int) -> int:
         """Text tokens of a TP group, padding included."""
-        return TokenShard(text, self.split, 0).padded
+        return TokenShard(text, self.split, 0, self.config.fp8_alignment).padded
 
     def packed_tokens(self, text: int) -> int:
         """Tokens of this rank that cross a stage boundary for one branch."""

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from megatron_sage.model.precision import Quantisation
 from megatron_sage.parallel import noise
 from megatron_sage.parallel.pipeline import Occupancy, share_from_last
 from megatron_sage.rollout.buffer import Kept, MicroTrajectory
@@ -121,7 +122,8 @@ def reference_velocities(
     if pairs is None:
         pairs = [(number, step) for step in table.trained_steps for number in range(len(trajectories))]
     work = References(network, table, [(trajectories[number], step) for number, step in pairs])
-    return run(work, 1, chained=False)
+    with Quantisation(network.chunks).other_weights():
+        return run(work, 1, chained=False)
 
 
 def _noise(

@@ -29,6 +29,7 @@ class NoiseFloor:
     clip_range: float
     layout: str
     dtype: str
+    fp8: str  # "none", or number format and recipe of the blocks' GEMMs
     guidance_scale: float
     cfg_in_training: str
     micro_batch: int
@@ -44,9 +45,12 @@ class NoiseFloor:
         worst = max(self.steps, key=lambda step: self.steps[step])
         return (
             f"noise floor of the ratio: |Δ logp| <= {self.largest:.2e} (step {worst}, σ {self.sigmas[worst]:.3f}) over "
-            f"{len(self.steps)} steps, {self.dtype}, {self.layout}, micro-batch {self.micro_batch} x replay "
+            f"{len(self.steps)} steps, {self._precision()}, {self.layout}, micro-batch {self.micro_batch} x replay "
             f"{self.replay_batch}; clip range {self.clip_range:.1e}"
         )
+
+    def _precision(self) -> str:
+        return self.dtype if self.fp8 == "none" else f"fp8 {self.fp8}"
 
     def check(self, allowed: bool) -> None:
         """UserError where the clip range lies below the floor, unless it is allowed by name."""
@@ -107,6 +111,7 @@ def measure(
         grpo.clip_range,
         f"TP {groups.tp_size} x CP {groups.cp_size} x PP {groups.pp_size} x DP {groups.dp_size}",
         config.precision.dtype,
+        config.precision.fp8 if config.precision.fp8 == "none" else f"{config.precision.fp8} {config.precision.fp8_recipe}",
         sampler.guidance_scale,
         grpo.cfg_in_training,
         sampler.micro_batch,

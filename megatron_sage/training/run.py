@@ -24,6 +24,7 @@ from megatron_sage.training import state
 from megatron_sage.training.evaluation import describe_evaluation, evaluate
 from megatron_sage.training.metrics import MetricsLog, environment
 from megatron_sage.training.optimizer import build_optimizer, wrap
+from megatron_sage.training.precision import calibrate
 from megatron_sage.training.trainer import Trainer
 
 
@@ -56,6 +57,7 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
         state.load(trainer, directory / "checkpoints")
     log = MetricsLog(directory, main, keep_below=trainer.iteration)
     _say_layout(config, engine, reporter)
+    calibrate(engine, trainer.prompts)
     if validation and trainer.iteration == 0:
         evaluate("before", engine, validation, codec, reward, reporter)
     if config.training.iterations == 0:

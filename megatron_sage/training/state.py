@@ -53,6 +53,7 @@ def _plain_state(trainer: Trainer) -> dict[str, Any]:
         "guard": trainer.guard.state_dict(),
         "cursor": trainer.cursor.state_dict(),
         "reference": trainer.reference.kind,
+        "quantisation": trainer.engine.quantisation.state_dict(trainer.engine.groups.pp),
     }
 
 
@@ -103,3 +104,4 @@ def load(trainer: Trainer, directory: Path) -> None:
     trainer.controller.load_state_dict(plain["controller"])
     trainer.guard.load_state_dict(plain["guard"])
     trainer.cursor.load_state_dict(plain["cursor"])
+    trainer.engine.quantisation.load_state_dict(plain.get("quantisation", {}))

@@ -32,6 +32,7 @@ from megatron_sage.rollout.sampler import Flight, final_latents, rollout
 from megatron_sage.rollout.scoring import score
 from megatron_sage.training.loss import Objective, PairStatistics, summarise
 from megatron_sage.training.noise_floor import NoiseFloor, measure, replayed_pairs
+from megatron_sage.training.precision import calibrate, calibrate_gradients
 from megatron_sage.training.reference import Reference
 from megatron_sage.training.replay import Replay
 
@@ -74,6 +75,7 @@ class Trainer:
         begin = time.perf_counter()
         self._seconds = {}
         self._choose_steps()
+        calibrate(self.engine, self.prompts)
         trajectories, pipeline = self._roll_out()
         rewards, row, stop = self._score(trajectories)
         row |= pipeline
@@ -233,7 +235,9 @@ class Trainer:
         pairs = replayed_pairs(len(trajectories), self.table.trained_steps, config.grpo.replay_batch, stages)
         with self._phase("noise floor", len(pairs)) as tick:
             with self.reference.during(self.table, trajectories, pairs):
-                found = self.replay.gradients(trajectories, pairs, tick)
+                with self.engine.quantisation.histories_kept():
+                    found = self.replay.gradients(trajectories, pairs, tick)
+                calibrate_gradients(self.engine, lambda: self.replay.gradients(trajectories, pairs, lambda count: None))
             self.replay.clear()
         floor = measure(config, self.iteration, self.table.sigmas, pairs, found, groups)
         if floor is None:  # no sample with a finite reward: the next iteration measures it
@@ -262,6 +266,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * min(1.0, (self.optimizer_steps + 1) / max(1, settings.warmup_steps))
         self.optimizer.step()
+        self.engine.quantisation.after_update()
         self.optimizer_steps += 1
         if self.engine.config.kl.strategy != "none":
             weights = self.objective.position_weight, self.objective.velocity_weight
