@@ -1,8 +1,12 @@
 """bf16: as close to the fp32 model as diffusers' own bf16 model is, and not hurt by the timestep."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from megatron_sage.model.embeddings import timestep_sinusoid
+from megatron_sage.model.norm import HeadRMSNorm, modulated_layer_norm
 from megatron_sage.parallel.groups import Groups
 from tests.model.parity import Case, build, reference, run_samples, tokens
 
@@ -53,3 +57,37 @@ def test_gradients_are_as_good_as_diffusers_bf16(one_rank: Groups) -> None:
     assert len(errors) > 60
     assert sorted(errors.values())[len(errors) // 2] < 1.25
     assert max(errors.values()) < 4, max(errors.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("width", [16, 72, 2048])
+def test_norm_and_modulation_are_fp32_and_rounded_once(width: int) -> None:
+    """Values far from 0 with a small spread: statistics in bf16 would be off by a part of the spread."""
+    generator = torch.Generator().manual_seed(width)
+    x = (torch.randn(5, 3, width, generator=generator) + 4).bfloat16()
+    shift, scale = (torch.randn(3, width, generator=generator).bfloat16() for _ in range(2))
+    grad = torch.randn(x.shape, generator=generator).bfloat16()
+    found, exact = [], []
+    for cast, out in ((lambda t: t, found), (lambda t: t.float(), exact)):
+        leaves = [t.clone().requires_grad_() for t in (x, shift, scale)]
+        y = modulated_layer_norm(*(cast(t) for t in leaves)).bfloat16()
+        out += [y, *torch.autograd.grad(y, leaves, grad)]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, exact, strict=True))
+    rounded_twice = torch.addcmul(shift, F.layer_norm(x, (width,), eps=1e-6), 1 + scale)
+    assert not torch.equal(found[0], rounded_twice)  # what is avoided
+
+
+def test_head_norm_is_fp32_and_rounded_once() -> None:
+    norm = HeadRMSNorm(128, 1e-6).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(128, generator=generator))
+    x = (torch.randn(40, 2, 3, 128, generator=generator) * 7).bfloat16()
+    exact = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6) * norm.weight.float()
+    wrong = norm(x) != exact.bfloat16()
+    assert wrong.float().mean() < 1e-3  # the order of a sum may tip a rounding
+
+
+def test_sinusoid_of_a_time_is_fp32() -> None:
+    table = timestep_sinusoid(torch.tensor([989.0, 341.0]))
+    assert table.dtype is torch.float32
+    assert torch.allclose(table[:, 0], torch.tensor([989.0, 341.0]).cos(), atol=1e-6)
