@@ -79,7 +79,6 @@ class _Emulated(QuantisedLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.is_first_microbatch = True
         self.keep, self.kept = True, None
         self.casts = 0  # of the weight
         self.recipe = str(self.config.fp8_recipe)

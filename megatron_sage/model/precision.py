@@ -58,13 +58,32 @@ class QuantisedLinear:
 
     config: HunyuanVideoConfig
     weight: torch.nn.Parameter
-    is_first_microbatch: bool  # Transformer Engine's and Megatron's word: the next forward casts the weight again
     runs_fp8 = False
     calibrating = False
-    # Scales are part of a run's state and saved there; in the weights' state_dict they would be keys that the same
-    # model without FP8 does not have.
+    cast_due = True  # the next forward casts the weight, later ones use what is kept
+    cast_of: int | None = None  # where the weight lay that is kept
     get_extra_state = torch.nn.Module.get_extra_state
-    set_extra_state = torch.nn.Module.set_extra_state
+
+    def set_extra_state(self, state: Any) -> None:
+        """Scales are part of a run's state and saved there (`Quantisation.state_dict`); in the weights' state_dict they
+        would be keys that the same model without FP8 does not have.
+        """
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}_extra_state", None)  # or torch would miss it
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+    @property
+    def is_first_microbatch(self) -> bool:
+        """Megatron's word for `cast_due`; its forward takes it back."""
+        return self.cast_due
+
+    @is_first_microbatch.setter
+    def is_first_microbatch(self, first: bool) -> None:
+        # Megatron's schedules say True at the beginning of every update. Here the rollout has cast these weights
+        # already; `Quantisation` knows when they change.
+        if not first:
+            self.cast_due = False
 
     def gemm(self) -> AbstractContextManager[Any]:
         """Inside, the linear's forward runs in FP8."""
@@ -98,6 +117,8 @@ class QuantisedLinear:
             return super().forward(x_SBI)  # type: ignore[misc]
         if self.calibrating:
             return self._observed(x_SBI)
+        if self.cache and self.cast_of != self.weight.data_ptr():  # another tensor was put in the parameter's place
+            self.cast_due, self.cast_of = True, self.weight.data_ptr()
         out_features, in_features = self.weight.shape
         x_SBI = F.pad(x_SBI, (0, padded(in_features, self.config.fp8_alignment) - in_features))
         with self.gemm():
@@ -167,7 +188,7 @@ class Quantisation:
     def weights_changed(self) -> None:
         """The next forward quantises the weights again, by the scales that there are."""
         for layer in self.layers.values():
-            layer.is_first_microbatch = True
+            layer.cast_due = True
 
     @contextmanager
     def other_weights(self) -> Iterator[None]:
@@ -178,15 +199,15 @@ class Quantisation:
         the policy's quantised weights and histories are what they were.
         """
         layers = list(self.layers.values())
-        flags = [(layer.is_first_microbatch, layer.cache) for layer in layers]
+        flags = [(layer.cast_due, layer.cache) for layer in layers]
         for layer in layers:
             layer.cache = False
         try:
             with self.histories_kept():
                 yield
         finally:
-            for layer, (first, cache) in zip(layers, flags, strict=True):
-                layer.is_first_microbatch, layer.cache = first, cache
+            for layer, (due, cache) in zip(layers, flags, strict=True):
+                layer.cast_due, layer.cache = due, cache
 
     @contextmanager
     def histories_kept(self) -> Iterator[None]:
