@@ -18,8 +18,9 @@ def check_precision(config: Config) -> None:
         if getattr(precision, key) < 0:
             _refuse(f"precision.{key}", getattr(precision, key), "must be >= 0")
     if precision.fp8 == "none":
-        if precision.fp8_first_bf16 or precision.fp8_last_bf16:
-            _refuse("precision.fp8_first_bf16", precision.fp8_first_bf16, "has no effect without precision.fp8; set it")
+        for key in ("fp8_first_bf16", "fp8_last_bf16"):
+            if getattr(precision, key):
+                _refuse(f"precision.{key}", getattr(precision, key), "has no effect without precision.fp8; set that")
         return
     if precision.dtype != "bf16":
         rule = f"needs precision.dtype=bf16, not {precision.dtype}: what is no GEMM of a block stays in it"

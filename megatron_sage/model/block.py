@@ -27,9 +27,7 @@ class DoubleStreamBlockSubmodules:
 class StreamMLP(MLP):
     """Megatron's MLP that knows how many of its tokens are real: in FP8 padding may not take part in a scale."""
 
-    def forward(
-        self, x_SBH: torch.Tensor, local: int, whole: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, x_SBH: torch.Tensor, local: int, whole: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`local` real tokens of `x`, `whole` of what the first linear makes of it: sequence parallelism gathers."""
         if self.config.fp8 is None:
             return super().forward(x_SBH)

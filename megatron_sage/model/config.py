@@ -19,8 +19,8 @@ DIFFUSERS_CLASS = "HunyuanVideo15Transformer3DModel"
 BYT5_INNER_WIDTH = 2048  # hard-coded in diffusers and in the official code, whatever the model's size
 RECOMPUTE = ("none", "selective", "full")
 TE_BACKENDS = ("te_p2p", "te_a2a", "te_a2a+p2p")  # Transformer Engine's, GPU only
-# Of a tile's edge, or what Transformer Engine documents for one scale a tensor; mxfp8 and blockwise tensors are gathered
-# over TP in whole tiles only.
+# A tile's edge, or what Transformer Engine documents for one scale a tensor; mxfp8 and blockwise tensors are gathered over
+# TP in whole tiles only.
 FP8_ALIGNMENT = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 CONTEXT_BACKENDS = (AUTO, ULYSSES, ALLGATHER, *TE_BACKENDS)
 
@@ -94,9 +94,10 @@ class HunyuanVideoConfig(TransformerConfig):
             self.context_backend, _ = choose_backend(*sizes)
         # Megatron's rules for FP8 are those of its own block, whose recompute and first and last layers work in
         # another way: it would refuse what this model can do. `config.state_rules` has this model's.
-        fp8, self.fp8 = self.fp8, None
+        chosen = self.__dict__["fp8"]
+        self.fp8 = None
         super().__post_init__()
-        self.fp8 = fp8
+        self.fp8 = chosen
 
     @property
     def fp8_alignment(self) -> int:

@@ -52,7 +52,7 @@ def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torc
 
 
 class _InFloat32(torch.autograd.Function):
-    """Keeps the half-precision inputs only and computes the fp32 ones again: kept, they would double a block's memory."""
+    """Keeps the half-precision inputs only and computes the fp32 ones again: they would double a block's memory."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:

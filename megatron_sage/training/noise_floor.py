@@ -111,7 +111,9 @@ def measure(
         grpo.clip_range,
         f"TP {groups.tp_size} x CP {groups.cp_size} x PP {groups.pp_size} x DP {groups.dp_size}",
         config.precision.dtype,
-        config.precision.fp8 if config.precision.fp8 == "none" else f"{config.precision.fp8} {config.precision.fp8_recipe}",
+        config.precision.fp8
+        if config.precision.fp8 == "none"
+        else f"{config.precision.fp8} {config.precision.fp8_recipe}",
         sampler.guidance_scale,
         grpo.cfg_in_training,
         sampler.micro_batch,

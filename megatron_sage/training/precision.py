@@ -48,9 +48,7 @@ def calibrate(engine: Engine, prompts: Sequence[Prompt]) -> None:
     flights = [Flight(0, list(range(config.sampler.micro_batch)), prompts[0])]
     engine.eval()
     engine.quantisation.calibrate(
-        lambda: rollout(
-            engine.rollout_network(), table, flights, seed=config.seed, token_group=engine.token_group
-        ),
+        lambda: rollout(engine.rollout_network(), table, flights, seed=config.seed, token_group=engine.token_group),
         _same_layers(),
     )
 

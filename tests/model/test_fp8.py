@@ -144,7 +144,10 @@ def forward_only(model: Any) -> list[torch.Tensor]:
 
     inputs = random_inputs(CASE)
     text = TextCondition.from_padded(
-        *(inputs[f"encoder_{part}"] for part in ("hidden_states", "attention_mask", "hidden_states_2", "attention_mask_2")),
+        *(
+            inputs[f"encoder_{part}"]
+            for part in ("hidden_states", "attention_mask", "hidden_states_2", "attention_mask_2")
+        ),
         inputs["image_embeds"],
     )
     shard = model.image_shard(CASE.grid)

@@ -59,8 +59,7 @@ def job(arguments: list[str], processes: int, iterations: int = 2, broken: str |
             "layers": sorted(layers),
             "casts": sorted({layer.casts for layer in layers.values()}),
             "scales_moved": [
-                sum(not torch.equal(a[name], b[name]) for name in a)
-                for a, b in zip(scales, scales[1:], strict=False)
+                sum(not torch.equal(a[name], b[name]) for name in a) for a, b in zip(scales, scales[1:], strict=False)
             ],
             "scales": {name: x.tolist() for name, x in scales[-1].items()},
             "layers_without_gradient": [n for n, layer in layers.items() if not bool(layer.weight.main_grad.any())],
