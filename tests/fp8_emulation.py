@@ -1,8 +1,7 @@
 """FP8 linears on any machine, for tests: numbers are cast to float8 by the recipe's scales, products are fp32.
 
-They obey the hooks that Transformer Engine's obey (`model.precision.QuantisedLinear`, Megatron's first-micro-batch flag),
-refuse the shapes that its kernels refuse, and show the size of what FP8 does. Not their bits: Transformer Engine's
-kernels accumulate in another order, and on Hopper with fewer bits.
+They obey the hooks that Transformer Engine's obey (`model.precision.QuantisedLinear`), refuse the shapes that its
+kernels refuse, and show the size of what FP8 does. Not the bits: Transformer Engine's kernels add in another order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -126,7 +125,7 @@ class _Emulated(QuantisedLinear):
             input = gather_from_sequence_parallel_region(input, group=tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        out_features, in_features = weight.shape
+        out_features = weight.shape[0]
         more = [padded(size, multiple) - size for size in weight.shape]
         weight = F.pad(weight, (0, more[1], 0, more[0]))
         out = _Gemm.apply(input.flatten(0, 1), weight, self).unflatten(0, input.shape[:2])[..., :out_features]

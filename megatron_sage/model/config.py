@@ -19,8 +19,8 @@ DIFFUSERS_CLASS = "HunyuanVideo15Transformer3DModel"
 BYT5_INNER_WIDTH = 2048  # hard-coded in diffusers and in the official code, whatever the model's size
 RECOMPUTE = ("none", "selective", "full")
 TE_BACKENDS = ("te_p2p", "te_a2a", "te_a2a+p2p")  # Transformer Engine's, GPU only
-# A tile's edge, or what Transformer Engine documents for one scale a tensor; mxfp8 and blockwise tensors are gathered over
-# TP in whole tiles only.
+# A tile's edge, or what Transformer Engine documents for one scale a tensor; mxfp8 and blockwise tensors are gathered
+# over TP in whole tiles only.
 FP8_ALIGNMENT = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 CONTEXT_BACKENDS = (AUTO, ULYSSES, ALLGATHER, *TE_BACKENDS)
 

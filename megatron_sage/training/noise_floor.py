@@ -103,17 +103,15 @@ def measure(
     values = largest.tolist()
     if min(values) < 0:
         return None
-    sampler, grpo = config.sampler, config.grpo
+    sampler, grpo, precision = config.sampler, config.grpo, config.precision
     return NoiseFloor(
         iteration,
         dict(zip(steps, values, strict=True)),
         {step: sigmas[step] for step in steps},
         grpo.clip_range,
         f"TP {groups.tp_size} x CP {groups.cp_size} x PP {groups.pp_size} x DP {groups.dp_size}",
-        config.precision.dtype,
-        config.precision.fp8
-        if config.precision.fp8 == "none"
-        else f"{config.precision.fp8} {config.precision.fp8_recipe}",
+        precision.dtype,
+        precision.fp8 if precision.fp8 == "none" else f"{precision.fp8} {precision.fp8_recipe}",
         sampler.guidance_scale,
         grpo.cfg_in_training,
         sampler.micro_batch,

@@ -61,7 +61,10 @@ def velocity(dit: HunyuanVideoDiT, grad: bool = False) -> torch.Tensor:
     shard = dit.image_shard(GRID)
     video = torch.randn(shard.num_tokens, 1, dit.config.in_channels, generator=generator).cuda()
     widths = (dit.config.text_embed_dim, dit.config.text_embed_2_dim, dit.config.image_embed_dim)
-    text = [torch.randn(1, tokens, width, generator=generator).cuda() for tokens, width in zip((10, 3, 0), widths)]
+    text = [
+        torch.randn(1, tokens, width, generator=generator).cuda()
+        for tokens, width in zip((10, 3, 0), widths, strict=True)
+    ]
     with torch.set_grad_enabled(grad):
         out = dit(shard.shard(video), torch.tensor([500.0]).cuda(), TextCondition(*text), GRID)[: shard.valid]
     if grad:

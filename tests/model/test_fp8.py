@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sage.model import TextCondition
 from megatron_sage.model.precision import Quantisation, real_rows, runs_fp8
 from megatron_sage.parallel.groups import Groups
 from tests.fp8_emulation import EmulatedColumn, by_tensor, by_tile, emulated, quantise
 from tests.model.fp8 import ODD, calibrate, fp8, parity, rows_of_gemms, with_alignment
-from tests.model.parity import Case, assert_parity, build, reference, run_samples
+from tests.model.parity import Case, assert_parity, build, random_inputs, reference, run_samples, tokens
 from tests.parallel.pool import run_on_ranks
 
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
@@ -139,17 +140,9 @@ def velocity(model: Any) -> torch.Tensor:
 
 
 def forward_only(model: Any) -> list[torch.Tensor]:
-    from tests.model.parity import random_inputs, tokens
-    from megatron_sage.model import TextCondition
-
     inputs = random_inputs(CASE)
-    text = TextCondition.from_padded(
-        *(
-            inputs[f"encoder_{part}"]
-            for part in ("hidden_states", "attention_mask", "hidden_states_2", "attention_mask_2")
-        ),
-        inputs["image_embeds"],
-    )
+    names = ("hidden_states", "attention_mask", "hidden_states_2", "attention_mask_2")
+    text = TextCondition.from_padded(*(inputs[f"encoder_{name}"] for name in names), inputs["image_embeds"])
     shard = model.image_shard(CASE.grid)
     return list(model(shard.shard(tokens(inputs["hidden_states"])), inputs["timestep"], text, CASE.grid)[: shard.valid])
 
