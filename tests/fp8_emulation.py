@@ -129,7 +129,8 @@ class _Emulated(QuantisedLinear):
         more = [padded(size, multiple) - size for size in weight.shape]
         weight = F.pad(weight, (0, more[1], 0, more[0]))
         out = _Gemm.apply(input.flatten(0, 1), weight, self).unflatten(0, input.shape[:2])[..., :out_features]
-        return out if bias is None else out + bias
+        # contiguous: Megatron's all-reduce of anything else sums a copy and hands on what it was given
+        return out.contiguous() if bias is None else out + bias
 
     @staticmethod
     def check(x: torch.Tensor, multiple: int) -> None:
