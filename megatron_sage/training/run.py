@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sage.checkpoint.distributed import export_hf
+from megatron_sage.checkpoint.store import CheckpointStore, newest
 from megatron_sage.config import Config, dump
 from megatron_sage.data.prompts import read_prompts
 from megatron_sage.engine import Engine, build_engine, encode_prompts, initialize_groups, load_codec
@@ -20,10 +21,10 @@ from megatron_sage.reporting.report import write_report
 from megatron_sage.reporting.schedule import write_schedule
 from megatron_sage.rewards.composite import WithWatch
 from megatron_sage.rewards.protocol import Reward, load_reward
-from megatron_sage.training import state
 from megatron_sage.training.evaluation import describe_evaluation, evaluate
 from megatron_sage.training.metrics import MetricsLog, environment
 from megatron_sage.training.optimizer import build_optimizer, wrap
+from megatron_sage.training.state import TrainState
 from megatron_sage.training.trainer import Trainer
 
 
@@ -52,9 +53,13 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
     codec, reward = load_codec(config), build_reward(config)
     trainer = Trainer(engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter)
     validation = [prompts[t] for t in held_out]
+    state, checkpoints = TrainState(trainer), directory / "checkpoints"
     if resumes(config):
-        state.load(trainer, directory / "checkpoints")
-    log = MetricsLog(directory, main, keep_below=trainer.iteration)
+        state.load(checkpoints)
+    settings = config.training
+    store = CheckpointStore(checkpoints, settings.keep_last, settings.keep_every, settings.async_save)
+    log = MetricsLog(directory / "metrics.jsonl", main, trainer.iteration)
+    references = MetricsLog(directory / "references.jsonl", main and bool(trainer.reference.kinds), trainer.iteration)
     _say_layout(config, engine, reporter)
     if validation and trainer.iteration == 0:
         evaluate("before", engine, validation, codec, reward, reporter)
@@ -62,7 +67,7 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
         if main:
             reporter.line(f"{directory / 'evaluation.json'}: {describe_evaluation(directory)}")
         return
-    _iterate(config, trainer, log, reporter)
+    _iterate(config, state, store, log, references, reporter)
     if groups.pp_size > 1:
         write_schedule(trainer.schedule, groups.pp, directory)
     if validation:
@@ -79,7 +84,7 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
 
 def resumes(config: Config) -> bool:
     """Whether the run goes on from a checkpoint; `auto` where there is one."""
-    found = state.newest(Path(config.output_dir) / "checkpoints") is not None
+    found = newest(Path(config.output_dir) / "checkpoints") is not None
     return config.training.resume == "yes" or (config.training.resume == "auto" and found)
 
 
@@ -115,22 +120,36 @@ def _say_layout(config: Config, engine: Engine, reporter: Reporter) -> None:
         reporter.line(f"pipeline: blocks of each stage {', '.join(stages)}; {kind}")
 
 
-def _iterate(config: Config, trainer: Trainer, log: MetricsLog, reporter: Reporter) -> None:
-    """All iterations, each with its line of metrics; a checkpoint at the end and every `save_interval`."""
-    checkpoints = Path(config.output_dir) / "checkpoints"
+def _iterate(
+    config: Config,
+    state: TrainState,
+    store: CheckpointStore,
+    log: MetricsLog,
+    references: MetricsLog,
+    reporter: Reporter,
+) -> None:
+    """All iterations, each with its line of metrics; a checkpoint at the end and every `save_interval`.
+
+    `references` gets the checksums of the references' weights, each iteration's, before its updates.
+    """
+    trainer = state.trainer
     while trainer.iteration < config.training.iterations:
         number = trainer.iteration
         row, stop = trainer.run_iteration()
         log.write({"iteration": number} | row)
+        references.write({"iteration": number} | trainer.reference.used)
         reporter.line(_line(number, config.training.iterations, row))
         due = config.training.save_interval and trainer.iteration % config.training.save_interval == 0
         if due or stop or trainer.iteration == config.training.iterations:
-            state.save(trainer, checkpoints)
+            state.save(store)
+        store.poll()
         if stop:
+            store.finish()
             raise UserError(
                 f"{config.reward.function}: more than half of the rewards were not finite in three iterations running; "
-                f"the run is saved in {checkpoints}: look at the reward model"
+                f"the run is saved in {store.directory}: look at the reward model"
             )
+    store.finish()
 
 
 def _line(number: int, total: int, row: dict[str, Any]) -> str:
