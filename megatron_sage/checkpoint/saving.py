@@ -8,6 +8,7 @@ a thread of it, and asks for each tensor only when its turn comes, so that a con
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zlib
@@ -23,7 +24,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from torch import Tensor
@@ -46,15 +47,18 @@ class _Checked:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.bytes, self.crc32 = file, 0, 0
+        self.error: OSError | None = None  # torch.save goes on after it, and then fails with words of its own
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.error = self.error or error
+            raise
         self.crc32 = zlib.crc32(view, self.crc32)
         self.bytes += len(view)
-        written = self._file.write(view)
-        if written != len(view):  # unbuffered files may take a part; a short one must not pass for a whole one
-            raise OSError(f"wrote {written} of {len(view)} bytes")
-        return written
+        return len(view)  # the file is buffered: it takes all or raises
 
     def tell(self) -> int:
         return self.bytes
@@ -91,7 +95,10 @@ class StreamingWriter(FileSystemWriter):
                 item, data = self._items.pop(0)
                 if not self.snapshot:
                     data = self._planner.resolve_data(item)  # type: ignore[union-attr]
-                results.append(_write_item(checked, self.name, item, data))
+                try:
+                    results.append(_write_item(checked, self.name, item, data))
+                except RuntimeError as failure:
+                    raise checked.error or failure from failure
             file.flush()
             os.fsync(file.fileno())
         self.crc32, self.bytes = checked.crc32, checked.bytes
@@ -148,7 +155,7 @@ class Saving:
         """
         self.directory, self.background = directory, background
         sharded, common = save_preprocess(sharded_state_dict)
-        self._on_disk(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, directory))
+        self._on_disk(lambda: _write_common(common, directory) if dist.get_rank() == 0 else None)
         self._writer = StreamingWriter(directory, snapshot=background)
         try:
             (_, self._metadata, _), *_ = save_state_dict_async_plan(
@@ -190,9 +197,8 @@ class Saving:
         with on_all_ranks():
             try:
                 work()
-            except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-                raise UserError(f"{self.directory}: the checkpoint cannot be written: {reason}") from error
+            except OSError as error:
+                raise UserError(f"{self.directory}: the checkpoint cannot be written: {error.strerror}") from error
 
     def _write_tables(self, everyone: list[Any]) -> None:
         self._writer.finish(self._metadata, [results for results, *_ in everyone])
@@ -208,6 +214,13 @@ class Saving:
             json.dump({"files": files}, out, indent=1)
             out.flush()
             os.fsync(out.fileno())
+
+
+def _write_common(common: dict[str, Any], directory: Path) -> None:
+    """Megatron's file for what is not sharded; through Python, whose error names a full disk, unlike torch's."""
+    content = io.BytesIO()
+    torch.save(common, content)
+    (directory / COMMON_STATE_FNAME).write_bytes(content.getbuffer())
 
 
 def _main_replicas(sharded_state_dict: dict[str, Any]) -> dict[str, list[ShardedBase]]:
