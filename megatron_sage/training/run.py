@@ -15,6 +15,7 @@ from megatron_sage.engine import Engine, build_engine, encode_prompts, initializ
 from megatron_sage.errors import UserError
 from megatron_sage.parallel import groups as process_groups
 from megatron_sage.parallel.context import choose_backend
+from megatron_sage.parallel.control import Stopped
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.reporting.report import write_report
 from megatron_sage.reporting.schedule import write_schedule
@@ -24,49 +25,64 @@ from megatron_sage.training import state
 from megatron_sage.training.evaluation import describe_evaluation, evaluate
 from megatron_sage.training.metrics import MetricsLog, environment
 from megatron_sage.training.optimizer import build_optimizer, wrap
+from megatron_sage.training.supervision import Supervision
 from megatron_sage.training.trainer import Trainer
 
 
 def train(config: Config) -> int:
-    """Run training from start (or the newest checkpoint) to end; the config has been validated. 0 when done."""
+    """Run training from start (or the newest checkpoint) to end; the config has been validated.
+
+    Returns 0 when done, 75 when a signal stopped the run and its state was saved.
+    """
     if config.precision.threads:
         torch.set_num_threads(config.precision.threads)
     groups = initialize_groups(config)
-    _train(config, groups)
+    reporter = Reporter(groups.rank == 0)
+    _start_directory(Path(config.output_dir), config, groups)
+    with Supervision(config, groups) as supervision:
+        _train(config, groups, reporter, supervision)
     # Not in a `finally`: the command line prints an error of one rank alone only while the groups still exist.
     process_groups.shutdown()
-    return 0
+    return supervision.exit_code
 
 
-def _train(config: Config, groups: process_groups.Groups) -> None:
+def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, supervision: Supervision) -> None:
     main = groups.rank == 0
-    reporter = Reporter(main)
     directory = Path(config.output_dir)
-    _start_directory(directory, config, groups)
     engine = build_engine(config, groups)
+    engine.control = supervision.control
     ddp = wrap(engine.chunks, groups)
     optimizer = build_optimizer(config, ddp, engine.dtype)
     texts = read_prompts(config.data.prompts)
     held_out = read_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
     prompts = encode_prompts(config, engine, [*texts, *held_out])
     codec, reward = load_codec(config), build_reward(config)
-    trainer = Trainer(engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter)
+    trainer = supervision.trainer = Trainer(
+        engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter
+    )
     validation = [prompts[t] for t in held_out]
+    checkpoints = Checkpoints(trainer, directory / "checkpoints")
     if resumes(config):
-        state.load(trainer, directory / "checkpoints")
+        checkpoints.load()
     log = MetricsLog(directory, main, keep_below=trainer.iteration)
     _say_layout(config, engine, reporter)
-    if validation and trainer.iteration == 0:
-        evaluate("before", engine, validation, codec, reward, reporter)
-    if config.training.iterations == 0:
-        if main:
-            reporter.line(f"{directory / 'evaluation.json'}: {describe_evaluation(directory)}")
-        return
-    _iterate(config, trainer, log, reporter)
-    if groups.pp_size > 1:
-        write_schedule(trainer.schedule, groups.pp, directory)
-    if validation:
-        evaluate("after", engine, validation, codec, reward, reporter)
+    try:
+        if validation and trainer.iteration == 0:
+            evaluate("before", engine, validation, codec, reward, reporter)
+        if config.training.iterations == 0:
+            if main:
+                reporter.line(f"{directory / 'evaluation.json'}: {describe_evaluation(directory)}")
+            return
+        _iterate(config, trainer, log, reporter, checkpoints, supervision)
+        if groups.pp_size > 1:
+            write_schedule(trainer.schedule, groups.pp, directory)
+        if validation:
+            evaluate("after", engine, validation, codec, reward, reporter)
+    except Stopped:
+        checkpoints.save()
+        reporter.line(f"stopped: the state of {trainer.iteration} iterations is in {checkpoints.directory}")
+        raise
+    engine.control.enter("export")
     export = directory / "export" / "transformer"
     if main:
         shutil.rmtree(export, ignore_errors=True)  # of this run before it was resumed
@@ -115,9 +131,35 @@ def _say_layout(config: Config, engine: Engine, reporter: Reporter) -> None:
         reporter.line(f"pipeline: blocks of each stage {', '.join(stages)}; {kind}")
 
 
-def _iterate(config: Config, trainer: Trainer, log: MetricsLog, reporter: Reporter) -> None:
+class Checkpoints:
+    """The run's directory of checkpoints; a state that is in it is not written again."""
+
+    def __init__(self, trainer: Trainer, directory: Path) -> None:
+        self.trainer, self.directory = trainer, directory
+        self._stored: int | None = None  # iteration of the newest one that this process wrote or read
+
+    def load(self) -> None:
+        """Go on from the newest one."""
+        state.load(self.trainer, self.directory)
+        self._stored = self.trainer.iteration
+
+    def save(self) -> None:
+        """The present state."""
+        if self._stored != self.trainer.iteration:
+            self.trainer.engine.control.enter("save")
+            state.save(self.trainer, self.directory)
+            self._stored = self.trainer.iteration
+
+
+def _iterate(
+    config: Config,
+    trainer: Trainer,
+    log: MetricsLog,
+    reporter: Reporter,
+    checkpoints: Checkpoints,
+    supervision: Supervision,
+) -> None:
     """All iterations, each with its line of metrics; a checkpoint at the end and every `save_interval`."""
-    checkpoints = Path(config.output_dir) / "checkpoints"
     while trainer.iteration < config.training.iterations:
         number = trainer.iteration
         row, stop = trainer.run_iteration()
@@ -125,12 +167,11 @@ def _iterate(config: Config, trainer: Trainer, log: MetricsLog, reporter: Report
         reporter.line(_line(number, config.training.iterations, row))
         due = config.training.save_interval and trainer.iteration % config.training.save_interval == 0
         if due or stop or trainer.iteration == config.training.iterations:
-            state.save(trainer, checkpoints)
+            checkpoints.save()
         if stop:
-            raise UserError(
-                f"{config.reward.function}: more than half of the rewards were not finite in three iterations running; "
-                f"the run is saved in {checkpoints}: look at the reward model"
-            )
+            raise UserError(f"{stop}; the run is saved in {checkpoints.directory}")
+        supervision.progress(trainer.iteration)
+        supervision.control.end_phase()  # a signal that came while the iteration could not be dropped
 
 
 def _line(number: int, total: int, row: dict[str, Any]) -> str:
