@@ -214,7 +214,7 @@ def out_of_memory(arguments: list[str], phase: str, step: int, text: str) -> str
     from megatron_sage.errors import OutOfMemory
 
     def when(events: Events) -> None:
-        if events.count(phase, 0) == step:
+        if events.count(phase, int(phase == "save")) == step:  # an iteration has ended when it is saved
             raise torch.OutOfMemoryError(text) if "CUDA" in text else RuntimeError(text)
 
     events = Events(when)

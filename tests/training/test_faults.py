@@ -86,7 +86,7 @@ def test_out_of_memory_names_phase_tensors_and_settings(
         1, "tests.training.stops:out_of_memory", arguments=arguments, phase=phase, step=step, text=text
     )
     first, machine, *lines = said.splitlines()
-    assert first.startswith(f"out of memory in phase {phase} (rank 0, iteration 0")
+    assert first.startswith(f"out of memory in phase {phase} (rank 0, iteration {int(phase == 'save')},")
     assert text in first and "GB free" in machine
     assert any("MB" in line and "float32 on cpu" in line for line in lines)
     assert any("gradient buffer 0" in line for line in lines), "tensors have names"
