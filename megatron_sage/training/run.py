@@ -44,7 +44,7 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
     directory = Path(config.output_dir)
     _start_directory(directory, config, groups)
     engine = build_engine(config, groups)
-    ddp = wrap(engine.chunks, groups)
+    ddp = wrap(engine.chunks, groups, config.optimizer.distributed)
     optimizer = build_optimizer(config, ddp, engine.dtype)
     texts = read_prompts(config.data.prompts)
     held_out = read_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
@@ -67,11 +67,15 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
         write_schedule(trainer.schedule, groups.pp, directory)
     if validation:
         evaluate("after", engine, validation, codec, reward, reporter)
-    export = directory / "export" / "transformer"
+    export, averaged = (directory / "export" / name for name in ("transformer", "transformer_ema"))
     if main:
-        shutil.rmtree(export, ignore_errors=True)  # of this run before it was resumed
+        for old in (export, averaged):
+            shutil.rmtree(old, ignore_errors=True)  # of this run before it was resumed
     dist.barrier(group=dist.group.WORLD)
     export_hf(engine.chunks, export, engine.model_config.to_diffusers())
+    if trainer.ema is not None:
+        with trainer.ema.swapped_in():
+            export_hf(engine.chunks, averaged, engine.model_config.to_diffusers())
     if main:
         reporter.line(f"report: {write_report(directory)}")
     dist.barrier(group=dist.group.WORLD)
