@@ -21,6 +21,7 @@ MODEL = {
     "text_embed_2_dim": 14,
     "image_embed_dim": 6,
 }
+LARGEST = "context_embedder_2.linear_2.weight"  # 2048 x 2048 in every size of the model
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # diffusers' names of what Muon trains; with these the reference knows nothing of our fused parameters
 MUON = ("attn.to_", "attn.add_", "ff.net", "ff_context.net", "norm1.linear", "norm1_context.linear")
@@ -47,11 +48,13 @@ def build(
     pipeline: int = 1,
     dtype: str = "fp32",
     frozen: str = "-",
+    whole: bool = False,
     model: dict[str, Any] | None = None,
     weights_seed: int | None = None,
     **settings: Any,
 ) -> World:
-    """A layout of the present world; `frozen`: parameters whose (our) name holds it do not learn."""
+    """A layout of the present world. `frozen`: parameters whose (our) name holds it do not learn, nor does the largest
+    one, which is nine tenths of the model, unless `whole` is set."""
     from megatron_sage.checkpoint import configs
     from megatron_sage.checkpoint.keymap import KeyMap
     from megatron_sage.config import Config
@@ -77,7 +80,7 @@ def build(
     put(world, values(keymap, seed if weights_seed is None else weights_seed, "weights"), lambda p: p.data)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            if frozen in name:
+            if frozen in name or (name == LARGEST and not whole):
                 parameter.requires_grad_(False)
     ddp = wrap(chunks, groups, config.optimizer.distributed)
     world.optimizer = build_optimizer(config, ddp, DTYPES[dtype])
@@ -169,8 +172,9 @@ def reference(world: World, steps: int) -> tuple[dict[str, torch.Tensor], list[f
         gradients = values(world.keymap, world.seed, f"gradients {number}")
         for name, weight in learning.items():
             weight.grad = gradients[name]
+        norms.append(float(sum(gradients[name].square().sum(dtype=torch.float64) for name in learning)) ** 0.5)
         clip = settings.grad_clip or float("inf")
-        norms.append(float(torch.nn.utils.clip_grad_norm_(list(learning.values()), clip)))
+        torch.nn.utils.clip_grads_with_norm_(list(learning.values()), clip, torch.tensor(norms[-1]))
         for name, some in pieces.items():
             for piece, gradient in zip(some, _pieces(name, learning[name].grad), strict=True):
                 piece.grad = gradient

@@ -18,7 +18,7 @@ SHARDED = {"distributed": True}
 HYBRID = SHARDED | {"offload": "hybrid"}
 MUON = {"name": "muon"}
 SINGLE: dict[str, dict[str, Any]] = {
-    "adamw": {"beta1": 0.8, "beta2": 0.95},
+    "adamw": {"whole": True, "beta1": 0.8, "beta2": 0.95},
     "adamw bf16": {"dtype": "bf16", "grad_clip": 0.0},
     "distributed": SHARDED | {"frozen": "ff."},
     "distributed bf16": SHARDED | {"dtype": "bf16", "model": {"num_layers": 1}},
@@ -36,7 +36,7 @@ DEEPSPEED: dict[str, dict[str, Any]] = {
 TWO: dict[str, dict[str, Any]] = {
     "adamw TP": {"tensor": 2},
     "distributed TP": SHARDED | {"tensor": 2, "dtype": "bf16"},
-    "distributed DP": SHARDED | {"frozen": "attn"},
+    "distributed DP": SHARDED | {"frozen": "attn", "whole": True},
     "distributed CP bf16": SHARDED | {"context": 2, "dtype": "bf16"},
     "hybrid DP": HYBRID | {"dtype": "bf16"},
     "muon TP": MUON | {"tensor": 2},
@@ -85,7 +85,7 @@ def check(variants: dict[str, dict[str, Any]], ranks: list[dict[str, dict[str, A
         for name, variant in variants.items():
             tolerance = TOLERANCE[variant.get("name", "adamw"), variant.get("dtype", "fp32")]
             assert found[name]["error"] < tolerance, (name, found[name])
-            assert found[name]["norms"] < 1e-5, (name, found[name])
+            assert found[name]["norms"] < 1e-6, (name, found[name])
             assert found[name]["resumed"], name
 
 
