@@ -51,7 +51,7 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
     directory = Path(config.output_dir)
     engine = build_engine(config, groups)
     engine.control = supervision.control
-    ddp = wrap(engine.chunks, groups)
+    ddp = wrap(engine.chunks, groups, config.optimizer.distributed)
     optimizer = build_optimizer(config, ddp, engine.dtype)
     texts = read_prompts(config.data.prompts)
     held_out = read_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
@@ -83,11 +83,15 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
         reporter.line(f"stopped: the state of {trainer.iteration} iterations is in {checkpoints.directory}")
         raise
     engine.control.enter("export")
-    export = directory / "export" / "transformer"
+    export, averaged = (directory / "export" / name for name in ("transformer", "transformer_ema"))
     if main:
-        shutil.rmtree(export, ignore_errors=True)  # of this run before it was resumed
+        for old in (export, averaged):
+            shutil.rmtree(old, ignore_errors=True)  # of this run before it was resumed
     dist.barrier(group=dist.group.WORLD)
     export_hf(engine.chunks, export, engine.model_config.to_diffusers())
+    if trainer.ema is not None:
+        with trainer.ema.swapped_in():
+            export_hf(engine.chunks, averaged, engine.model_config.to_diffusers())
     if main:
         reporter.line(f"report: {write_report(directory)}")
     dist.barrier(group=dist.group.WORLD)

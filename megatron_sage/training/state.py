@@ -26,7 +26,9 @@ def _sharded_state(trainer: Trainer, loading: bool) -> dict[str, Any]:
         "optimizer": trainer.optimizer.sharded_state_dict(_shards(trainer), is_loading=loading),
     }
     if trainer.anchor is not None:
-        state["anchor"] = _with_data(_shards(trainer), trainer.anchor.state_dict())
+        state["anchor"] = _with_data(_shards(trainer), trainer.anchor.state_dict(), "anchor.")
+    if trainer.ema is not None:
+        state["ema"] = _with_data(_shards(trainer), trainer.ema.state_dict(), "ema.")
     return state
 
 
@@ -34,13 +36,13 @@ def _shards(trainer: Trainer) -> dict[str, Any]:
     return {str(number): chunk.sharded_state_dict() for number, chunk in enumerate(trainer.engine.chunks)}
 
 
-def _with_data(shards: dict[str, Any], tensors: dict[str, Any]) -> dict[str, ShardedTensor]:
+def _with_data(shards: dict[str, Any], tensors: dict[str, Any], prefix: str) -> dict[str, ShardedTensor]:
     """The model's shards with other data of the same shape, under names of their own."""
     renamed = {}
     for name, tensor in tensors.items():
         chunk, _, parameter = name.partition(".")
         shard = shards[chunk][parameter]
-        shard.key, shard.data = f"anchor.{shard.key}", tensor
+        shard.key, shard.data, shard.dtype = f"{prefix}{shard.key}", tensor, tensor.dtype
         renamed[name] = shard
     return renamed
 
@@ -98,6 +100,8 @@ def load(trainer: Trainer, directory: Path) -> None:
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     if trainer.anchor is not None:
         trainer.anchor.load_state_dict(loaded["anchor"])
+    if trainer.ema is not None:
+        trainer.ema.load_state_dict(loaded["ema"])
     trainer.iteration = plain["iteration"]
     trainer.optimizer_steps = plain["optimizer_steps"]
     trainer.controller.load_state_dict(plain["controller"])

@@ -30,6 +30,7 @@ from megatron_sage.rollout.buffer import MicroTrajectory
 from megatron_sage.rollout.policy import Prompt
 from megatron_sage.rollout.sampler import Flight, final_latents, rollout
 from megatron_sage.rollout.scoring import score
+from megatron_sage.training.ema import Ema
 from megatron_sage.training.gradients import all_finite
 from megatron_sage.training.guards import RunGuard
 from megatron_sage.training.loss import Objective, PairStatistics, summarise
@@ -59,6 +60,8 @@ class Trainer:
         self.objective = Objective(config, engine.shape, engine.token_group, counts=engine.groups.cp_rank == 0)
         self.replay = Replay(engine, ddp, optimizer, self.objective)
         self.reference = Reference(engine)
+        decay = config.optimizer.ema_decay
+        self.ema = None if decay is None else Ema(engine.chunks, decay, config.optimizer.ema_device == "host")
         self.controller = LambdaController(
             kl.schedule, kl.lambda_min, lambda_max(kl), kl.warmup_steps, kl.window, kl.target, kl.gain, kl.feedback
         )
@@ -301,4 +304,6 @@ class Trainer:
             weights = self.objective.position_weight, self.objective.velocity_weight
             self.controller.update((weights[0] * position + weights[1] * velocity) / count)
         self.reference.after_step(self.optimizer_steps)
+        if self.ema is not None:
+            self.ema.after_step()
         return [norm]
