@@ -101,7 +101,9 @@ def explain(
 
 
 def _concerns(hint: Hint, phase: str) -> bool:
-    return phase.split(" ")[0] in hint.phases.split(" ") or phase not in PHASES
+    """By the phase's first word; every hint where no hint knows the phase."""
+    word = phase.split(" ")[0]
+    return word in hint.phases.split(" ") or word not in PHASES
 
 
 PHASES = frozenset(word for hint in HINTS for word in hint.phases.split(" "))

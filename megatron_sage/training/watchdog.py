@@ -123,7 +123,8 @@ class Watchdog:
         os._exit(STALLED)  # the main thread waits in a collective that does not come back
 
     def _end(self, kind: str, reason: str) -> None:
-        self.store.set("end", json.dumps({"kind": kind, "rank": self.rank, "reason": reason}))
+        if not self.store.check(["end"]):  # what follows the first end is its consequence
+            self.store.set("end", json.dumps({"kind": kind, "rank": self.rank, "reason": reason}))
 
     def _leave(self, kind: str, rank: int, reason: str) -> None:
         """Another rank has ended the run (or this one: then there is nothing to do)."""
