@@ -16,8 +16,9 @@ from megatron_sage.checkpoint import configs
 from megatron_sage.checkpoint.hf import DEFAULT_MAX_SHARD_BYTES, open_hf, plan_hf_files, write_hf_metadata
 from megatron_sage.checkpoint.keymap import Binding, KeyMap
 from megatron_sage.checkpoint.safetensors_io import SafetensorsWriter
+from megatron_sage.checkpoint.saving import save
 from megatron_sage.checkpoint.staging import on_all_ranks, staged_directory
-from megatron_sage.checkpoint.torch_dist import MegatronDirectory, first_failure, save
+from megatron_sage.checkpoint.torch_dist import MegatronDirectory, first_failure
 from megatron_sage.model.stages import owner
 from megatron_sage.model.transformer import HunyuanVideoDiT
 

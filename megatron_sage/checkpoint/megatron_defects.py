@@ -33,6 +33,8 @@ def mend(optimizer: MegatronOptimizer) -> None:
     inner = optimizer.optimizer
     if isinstance(inner, torch.optim.AdamW):
         initialize_adamw(inner)
+    if isinstance(inner, torch.optim.AdamW):
+        inner.register_load_state_dict_pre_hook(with_steps)
     if isinstance(inner, torch.optim.AdamW | HybridDeviceOptimizer):
         inner.register_load_state_dict_post_hook(separate_steps)
 
@@ -47,6 +49,12 @@ def initialize_adamw(optimizer: torch.optim.AdamW) -> None:
                 "exp_avg": torch.zeros_like(parameter.data),
                 "exp_avg_sq": torch.zeros_like(parameter.data),
             }
+
+
+def with_steps(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Before a load: Megatron leaves a common step of 0 out of a checkpoint, AdamW's load asks for it."""
+    for state in state_dict["state"].values():
+        state.setdefault("step", torch.zeros(()))
 
 
 def separate_steps(optimizer: torch.optim.Optimizer) -> None:

@@ -184,9 +184,11 @@ class References(ForwardPass):
 
     reads_reference = True
 
-    def __init__(self, network: Network, table: StepTable, pairs: Sequence[tuple[MicroTrajectory, int]]) -> None:
+    def __init__(
+        self, network: Network, table: StepTable, pairs: Sequence[tuple[MicroTrajectory, int]], name: str
+    ) -> None:
         super().__init__(network, table, [trajectory for trajectory, _ in pairs])
-        self.steps = [step for _, step in pairs]
+        self.steps, self.name = [step for _, step in pairs], name
 
     def inputs(self, task: Task) -> tuple[torch.Tensor | None, int]:
         step = self.steps[task.flight]
@@ -194,7 +196,8 @@ class References(ForwardPass):
         return self.trajectories[task.flight].latents_SBC[step] if starts else None, step
 
     def finish(self, task: Task, velocities: list[torch.Tensor]) -> None:
-        self.trajectories[task.flight].reference_SBC[self.steps[task.flight]] = self.network.guided(velocities)
+        kept = self.trajectories[task.flight].reference_SBC[self.name]
+        kept[self.steps[task.flight]] = self.network.guided(velocities)
 
 
 def run(work: ForwardPass, steps: int, chained: bool) -> Occupancy:

@@ -72,7 +72,6 @@ def rollout(
             f.prompt,
             latents_SBC=Kept(dtype, offload),
             velocity_SBC=Kept(offload=offload),
-            reference_SBC=Kept(offload=offload),
         )
         for f in flights
     ]
@@ -116,14 +115,17 @@ def reference_velocities(
     table: StepTable,
     trajectories: Sequence[MicroTrajectory],
     pairs: Sequence[tuple[int, int]] | None = None,
+    name: str = "position",
 ) -> Occupancy:
-    """Fill in the reference's velocity at the same micro-batch shape as the rollout.
+    """Fill in `reference_SBC[name]`, a reference's velocities, at the same micro-batch shape as the rollout.
 
     `pairs`: (number of the trajectory, step); None: every trained step of every trajectory.
     """
+    for trajectory in trajectories:
+        trajectory.reference_SBC.setdefault(name, Kept(offload=trajectory.velocity_SBC.offload))
     if pairs is None:
         pairs = [(number, step) for step in table.trained_steps for number in range(len(trajectories))]
-    work = References(network, table, [(trajectories[number], step) for number, step in pairs])
+    work = References(network, table, [(trajectories[number], step) for number, step in pairs], name)
     occupancy = run(work, 1, chained=False)
     network.control.end_phase()
     return occupancy

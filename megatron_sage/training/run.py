@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sage.checkpoint.distributed import export_hf
+from megatron_sage.checkpoint.store import CheckpointStore, newest
 from megatron_sage.config import Config, dump
 from megatron_sage.data.prompts import read_prompts
 from megatron_sage.engine import Engine, build_engine, encode_prompts, initialize_groups, load_codec
@@ -21,10 +22,10 @@ from megatron_sage.reporting.report import write_report
 from megatron_sage.reporting.schedule import write_schedule
 from megatron_sage.rewards.composite import WithWatch
 from megatron_sage.rewards.protocol import Reward, load_reward
-from megatron_sage.training import state
 from megatron_sage.training.evaluation import describe_evaluation, evaluate
 from megatron_sage.training.metrics import MetricsLog, environment
 from megatron_sage.training.optimizer import build_optimizer, wrap
+from megatron_sage.training.state import TrainState
 from megatron_sage.training.supervision import Supervision
 from megatron_sage.training.trainer import Trainer
 
@@ -61,10 +62,12 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
         engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter
     )
     validation = [prompts[t] for t in held_out]
-    checkpoints = Checkpoints(trainer, directory / "checkpoints")
+    state, checkpoints, settings = TrainState(trainer), directory / "checkpoints", config.training
     if resumes(config):
-        checkpoints.load()
-    log = MetricsLog(directory, main, keep_below=trainer.iteration)
+        state.load(checkpoints)
+    store = CheckpointStore(checkpoints, settings.keep_last, settings.keep_every, settings.async_save)
+    log = MetricsLog(directory / "metrics.jsonl", main, trainer.iteration)
+    references = MetricsLog(directory / "references.jsonl", main and bool(trainer.reference.kinds), trainer.iteration)
     _say_layout(config, engine, reporter)
     try:
         if validation and trainer.iteration == 0:
@@ -73,14 +76,16 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
             if main:
                 reporter.line(f"{directory / 'evaluation.json'}: {describe_evaluation(directory)}")
             return
-        _iterate(config, trainer, log, reporter, checkpoints, supervision)
+        _iterate(config, state, store, log, references, reporter, supervision)
         if groups.pp_size > 1:
             write_schedule(trainer.schedule, groups.pp, directory)
         if validation:
             evaluate("after", engine, validation, codec, reward, reporter)
     except Stopped:
-        checkpoints.save()
-        reporter.line(f"stopped: the state of {trainer.iteration} iterations is in {checkpoints.directory}")
+        engine.control.enter("save")
+        state.save(store)
+        store.finish()
+        reporter.line(f"stopped: the state of {trainer.iteration} iterations is in {checkpoints}")
         raise
     engine.control.enter("export")
     export, averaged = (directory / "export" / name for name in ("transformer", "transformer_ema"))
@@ -99,7 +104,7 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
 
 def resumes(config: Config) -> bool:
     """Whether the run goes on from a checkpoint; `auto` where there is one."""
-    found = state.newest(Path(config.output_dir) / "checkpoints") is not None
+    found = newest(Path(config.output_dir) / "checkpoints") is not None
     return config.training.resume == "yes" or (config.training.resume == "auto" and found)
 
 
@@ -135,47 +140,37 @@ def _say_layout(config: Config, engine: Engine, reporter: Reporter) -> None:
         reporter.line(f"pipeline: blocks of each stage {', '.join(stages)}; {kind}")
 
 
-class Checkpoints:
-    """The run's directory of checkpoints; a state that is in it is not written again."""
-
-    def __init__(self, trainer: Trainer, directory: Path) -> None:
-        self.trainer, self.directory = trainer, directory
-        self._stored: int | None = None  # iteration of the newest one that this process wrote or read
-
-    def load(self) -> None:
-        """Go on from the newest one."""
-        state.load(self.trainer, self.directory)
-        self._stored = self.trainer.iteration
-
-    def save(self) -> None:
-        """The present state."""
-        if self._stored != self.trainer.iteration:
-            self.trainer.engine.control.enter("save")
-            state.save(self.trainer, self.directory)
-            self._stored = self.trainer.iteration
-
-
 def _iterate(
     config: Config,
-    trainer: Trainer,
+    state: TrainState,
+    store: CheckpointStore,
     log: MetricsLog,
+    references: MetricsLog,
     reporter: Reporter,
-    checkpoints: Checkpoints,
     supervision: Supervision,
 ) -> None:
-    """All iterations, each with its line of metrics; a checkpoint at the end and every `save_interval`."""
+    """All iterations, each with its line of metrics; a checkpoint at the end and every `save_interval`.
+
+    `references` gets the checksums of the references' weights, each iteration's, before its updates.
+    """
+    trainer = state.trainer
     while trainer.iteration < config.training.iterations:
         number = trainer.iteration
         row, stop = trainer.run_iteration()
         log.write({"iteration": number} | row)
+        references.write({"iteration": number} | trainer.reference.used)
         reporter.line(_line(number, config.training.iterations, row))
         due = config.training.save_interval and trainer.iteration % config.training.save_interval == 0
         if due or stop or trainer.iteration == config.training.iterations:
-            checkpoints.save()
+            supervision.control.enter("save")
+            state.save(store)
+        store.poll()
         if stop:
-            raise UserError(f"{stop}; the run is saved in {checkpoints.directory}")
+            store.finish()
+            raise UserError(f"{stop}; the run is saved in {store.directory}")
         supervision.progress(trainer.iteration)
         supervision.control.end_phase()  # a signal that came while the iteration could not be dropped
+    store.finish()
 
 
 def _line(number: int, total: int, row: dict[str, Any]) -> str:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_sage.anchor import HostAnchor
 from megatron_sage.conditioning.codec import VideoCodec
 from megatron_sage.config.schema import lambda_max
 from megatron_sage.data.prompts import PromptCursor
@@ -30,6 +29,7 @@ from megatron_sage.rollout.buffer import MicroTrajectory
 from megatron_sage.rollout.policy import Prompt
 from megatron_sage.rollout.sampler import Flight, final_latents, rollout
 from megatron_sage.rollout.scoring import score
+from megatron_sage.training import random_state
 from megatron_sage.training.ema import Ema
 from megatron_sage.training.gradients import all_finite
 from megatron_sage.training.guards import RunGuard
@@ -84,12 +84,13 @@ class Trainer:
         control = self.engine.control
         control.begin(self.iteration)
         # all that an iteration changes before its first optimizer step
-        cursor, guard = self.cursor.state_dict(), self.guard.state_dict()
+        cursor, guard, generators = self.cursor.state_dict(), self.guard.state_dict(), random_state.sharded()
         try:
             row, bad_rewards = self._iteration()
         except Stopped:
             self.cursor.load_state_dict(cursor)
             self.guard.load_state_dict(guard)
+            random_state.restore(generators.data)
             raise
         control.begin(self.iteration)
         return row, self.guard.reason_to_stop(bad_rewards, self.engine.config.reward.function)
@@ -103,16 +104,12 @@ class Trainer:
         row |= pipeline
         self._assign_advantages(trajectories, rewards, row)
         self._reference_pass(trajectories)
+        self.reference.used = self.reference.checksums
         row |= self._update(trajectories)
         self.iteration += 1
         row |= {f"seconds/{name}": round(value, 4) for name, value in self._seconds.items()}
         row["seconds/total"] = round(time.perf_counter() - begin, 4)
         return row, stop
-
-    @property
-    def anchor(self) -> HostAnchor | None:
-        """The position reference's weights on this rank, part of the state of a run."""
-        return self.reference.anchor
 
     def _choose_steps(self) -> None:
         """The numbers of the iteration's steps: which of them draw noise may change with sampler.sde_window."""
@@ -216,7 +213,7 @@ class Trainer:
 
     def _reference_pass(self, trajectories: list[MicroTrajectory]) -> None:
         """The reference's velocities at every trained step, where they belong to the rollout phase."""
-        if self.anchor is None or self.engine.config.kl.phase == "training":
+        if not self.reference.kinds or self.engine.config.kl.phase == "training":
             self._seconds["reference"] = 0.0
             return
         with self._phase("reference", 1) as tick:
@@ -250,7 +247,7 @@ class Trainer:
                 if number == 0:
                     first = found
                 norms += self._step(found)
-        row = summarise(statistics, first, self.engine.groups.dp)
+        row = summarise(statistics, first, self.engine.groups.dp, "initial" in self.reference.kinds)
         lr = self.optimizer.param_groups[0]["lr"]
         mean_norm = sum(norms) / len(norms) if norms else 0.0
         row |= {"lambda": weight, "grad_norm": mean_norm, "lr": lr, "optimizer_steps": self.optimizer_steps}
@@ -283,7 +280,7 @@ class Trainer:
         self.engine.control.enter("optimizer")
         sums = torch.stack([s.sums for s in statistics]).sum(dim=0).double()
         dist.all_reduce(sums, group=self.engine.groups.dp)
-        count, _, _, position, velocity, _ = sums.tolist()
+        count, _, _, position, velocity, initial, _ = sums.tolist()
         if count == 0:
             return []  # a step on zero gradients would still move the weights by momentum and decay
         self.optimizer.prepare_grads()
@@ -298,11 +295,11 @@ class Trainer:
         settings = self.engine.config.optimizer
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * min(1.0, (self.optimizer_steps + 1) / max(1, settings.warmup_steps))
+        self.reference.before_step()
         self.optimizer.step()
         self.optimizer_steps += 1
         if self.engine.config.kl.strategy != "none":
-            weights = self.objective.position_weight, self.objective.velocity_weight
-            self.controller.update((weights[0] * position + weights[1] * velocity) / count)
+            self.controller.update(self.objective.divergence(position, velocity, initial) / count)
         self.reference.after_step(self.optimizer_steps)
         if self.ema is not None:
             self.ema.after_step()

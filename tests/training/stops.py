@@ -42,9 +42,9 @@ class Events:
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
+        from megatron_sage.checkpoint.store import CheckpointStore
         from megatron_sage.conditioning.codec import VideoCodec
         from megatron_sage.rollout.policy import Network
-        from megatron_sage.training import state
         from megatron_sage.training.supervision import Supervision
         from tests.training.world import BrightnessReward
 
@@ -68,7 +68,7 @@ class Events:
             stack.enter_context(patched(Network, "forward", event("forward")))
             stack.enter_context(patched(VideoCodec, "decode", event("decode")))
             stack.enter_context(patched(BrightnessReward, "__call__", event("reward")))
-            stack.enter_context(patched(state.torch_dist, "save", event("save")))
+            stack.enter_context(patched(CheckpointStore, "save", event("save")))
             yield
 
 
