@@ -133,7 +133,7 @@ class Watchdog:
         if kind == "stalled":
             self._dump_stack()
             os._exit(STALLED)
-        if not self._closing.wait(GRACE):  # it waits for the rank that is gone
+        elif not self._closing.wait(GRACE):  # it waits for the rank that is gone
             _say(f"rank {self.rank}: ends, for rank {rank} has failed: {reason}")
             os._exit(FAULT)
 

@@ -125,7 +125,7 @@ def test_agreements_are_one_for_each_micro_step_and_one_for_the_phase(root: Path
 
 def started(command: list[str], directory: Path) -> subprocess.Popen[str]:
     """A process that has begun its first reward, which takes long."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TEST_RUN": str(directory)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=directory.parent)
     deadline = time.monotonic() + 300
     while not list(directory.glob("in_reward_*")):

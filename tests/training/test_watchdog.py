@@ -79,33 +79,38 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 HANGS = {"reward.function": "tests.training.stall_rewards:HangingReward"}
 
 
-def hang(arguments: list[str], layout: int) -> list[int]:
-    """Exit statuses that the watchdog would have ended this process with; the test's worker must live on."""
-    import time
-
+def hang(arguments: list[str], directory: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(exit status, status.json then) that the watchdog would have ended this process with; a worker must live on."""
     from megatron_sage.training import watchdog
+    from megatron_sage.training.status import read_status
 
-    codes: list[int] = []
+    left: list[tuple[int, dict[str, Any]]] = []
 
     def leave(code: int) -> None:
-        codes.append(code)
+        left.append((code, read_status(directory)))
 
-    os.environ["ENDS_WHEN_REPORTED"] = "1"
+    def look(original: Any, watch: Watch, beats: list[Beat], now: float) -> Any:
+        # before that, a busy machine may take longer than the test's few seconds
+        return original(watch, beats, now) if all(one.phase == "reward" for one in beats) else None
+
+    os.environ["TEST_RUN"] = str(directory)
     original, watchdog.os._exit = watchdog.os._exit, leave  # type: ignore[assignment]
     try:
-        stops.run(arguments, layout)
-    except RuntimeError:
-        time.sleep(2.0)  # both threads have written
+        with stops.patched(Watch, "look", look):
+            stops.run(arguments, 2)
     finally:
         watchdog.os._exit = original
-        del os.environ["ENDS_WHEN_REPORTED"]
-    return codes
+        del os.environ["TEST_RUN"]
+    return left
 
 
 def test_a_rank_that_hangs_in_its_reward_is_reported(root: Path) -> None:
-    arguments = stops.settings(root, "hangs", **HANGS, **{"parallel.tensor": 2, "training.stall_seconds": 4.0})
-    codes = run_on_ranks(2, "tests.training.test_watchdog:hang", arguments=arguments, layout=2)
-    assert all(70 in one for one in codes), codes
+    changes = {**HANGS, "parallel.tensor": 2, "training.stall_seconds": 4.0, "training.iterations": 1}
+    arguments = stops.settings(root, "hangs", **changes)
+    found = run_on_ranks(2, "tests.training.test_watchdog:hang", arguments=arguments, directory=root / "hangs")
+    for left in found:
+        assert [code for code, _ in left] == [70]
+        check_status(left[0][1])
     check_report(root / "hangs")
 
 
@@ -116,13 +121,15 @@ def check_report(directory: Path) -> None:
     assert {line[0]: line[1] for line in lines} == {"0": "reward", "1": "reward"}
     assert "waits for others" in next(line for line in report.splitlines()[2:] if line.startswith("0"))
     assert "stall_rewards.py" in (directory / "stalls" / "rank_1.txt").read_text()
-    status = json.loads((directory / "status.json").read_text())
+
+
+def check_status(status: dict[str, Any]) -> None:
     assert status["state"] == "failed" and status["exit_code"] == 70 and "rank 1" in status["reason"]
 
 
 @pytest.mark.nightly
 def test_a_hanging_run_ends_under_torchrun(root: Path) -> None:
-    arguments = stops.settings(root, "torchrun", **HANGS, **{"parallel.tensor": 2, "training.stall_seconds": 4.0})
+    arguments = stops.settings(root, "torchrun", **HANGS, **{"parallel.tensor": 2, "training.stall_seconds": 30.0})
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
@@ -131,4 +138,5 @@ def test_a_hanging_run_ends_under_torchrun(root: Path) -> None:
     )  # fmt: skip
     assert done.returncode != 0 and "exitcode  : 70" in done.stderr.replace("exitcode : 70", "exitcode  : 70")
     check_report(root / "torchrun")
+    check_status(json.loads((root / "torchrun" / "status.json").read_text()))
     assert (root / "torchrun" / "stalls" / "report.txt").read_text().splitlines()[0] in done.stderr
