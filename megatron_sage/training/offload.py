@@ -98,8 +98,8 @@ _FAR = 2**30  # a step that no run comes near
 def _deepspeed_adam() -> tuple[Any, torch.Tensor]:
     """DeepSpeed's optimizer, one for the process, that owns no parameter; and a parameter that makes it forget.
 
-    From one step to the next the kernel multiplies the powers of beta up, in fp32; where the step jumps it computes them
-    anew, with another last bit. A resumed run would differ from the one that went on. The stranger's step is far
+    From one step to the next the kernel multiplies the powers of beta up, in fp32; where the step jumps it computes
+    them anew, with another last bit. A resumed run would differ from the one that went on. The stranger's step is far
     away: with it in front, each step is a jump.
 
     Made at the first use: DeepSpeed compiles its kernel then.
