@@ -14,6 +14,12 @@ from tests.parallel.pool import run_on_ranks
 from tests.training import optimizer_world as tiny
 
 SHARDED = {"distributed": True, "model": {"num_layers": 1}}
+FRESH: dict[str, dict[str, Any]] = {
+    "adamw": {"dtype": "bf16"},
+    "sharded": {"distributed": True},
+    "hybrid": {"distributed": True, "offload": "hybrid", "dtype": "bf16"},
+    "muon": {"name": "muon"},
+}
 
 
 def defects(folder: Path) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def defects(folder: Path) -> dict[str, Any]:
     setter = "_set_main_param_and_optimizer_states"
     with mock.patch.object(ours, setter, getattr(original, setter)):
         found["1: set"] = _error(resumed)
-    with mock.patch.object(megatron_defects, "separate_steps", lambda optimizer: None):
+    with mock.patch.object(megatron_defects, "separate_steps", lambda optimizer, state: None):
         found["2: steps"] = resumed()
     without = mock.patch.object(megatron_defects, "initialize_adamw", lambda optimizer: None)
     with without, mock.patch.object(ours, "state_dict", original.state_dict):
@@ -55,6 +61,7 @@ def defects(folder: Path) -> dict[str, Any]:
     found["4: classes"] = any(isinstance(value, type) for value in kept)
     mended = host.state_dict()["optimizer"]["param_groups"]
     found["4: mended"] = any(isinstance(value, type) for group in mended for value in group.values())
+    found["fresh"] = {name: _fresh(folder / name, settings) for name, settings in FRESH.items()}
     # why training/offload.py does not take the hybrid optimizer as it is
     base = HybridDeviceOptimizer
     parameter = torch.nn.Parameter(torch.ones(3))
@@ -67,6 +74,15 @@ def defects(folder: Path) -> dict[str, Any]:
         )
     )
     return found
+
+
+def _fresh(directory: Path, settings: dict[str, Any]) -> float:
+    """The error of a step after a checkpoint that was written before any."""
+    tiny.save(tiny.build(1, **settings), directory)
+    world = tiny.build(1, **settings, weights_seed=9)
+    tiny.load(world, directory)
+    tiny.step(world, 0)
+    return tiny.error(world, tiny.reference(world, 1)[0])
 
 
 def _error(call: Any) -> str:
@@ -98,6 +114,11 @@ def test_all_parameters_share_one_step(found: dict[str, Any]) -> None:
 def test_nothing_loads_before_the_first_step(found: dict[str, Any]) -> None:
     assert found["3: state"].startswith("AssertionError")
     assert found["3: fp32"] == {"exp_avg", "exp_avg_sq"}
+
+
+def test_a_checkpoint_from_before_the_first_step(found: dict[str, Any]) -> None:
+    for name, error in found["fresh"].items():
+        assert error < 2e-4, (name, error)
 
 
 def test_the_hybrid_optimizers_groups_hold_classes(found: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ from tests.parallel.pool import run_on_ranks
 from tests.training import optimizer_world as tiny
 
 STEPS = 4
-# of the largest change: rounding of the weights, and of the norm that clips; Muon's bf16 iterations round coarsely
-TOLERANCE = {("adamw", "fp32"): 2e-5, ("adamw", "bf16"): 2e-5, ("muon", "fp32"): 2e-4, ("muon", "bf16"): 3e-2}
+# of the largest change. The host kernels hold 1 - beta2^t in fp32, 1e-5 off at first; Muon rounds to bf16 as it iterates
+TOLERANCE = {("adamw", "fp32"): 5e-5, ("adamw", "bf16"): 5e-5, ("muon", "fp32"): 2e-4, ("muon", "bf16"): 3e-2}
 
 SHARDED = {"distributed": True}
 HYBRID = SHARDED | {"offload": "hybrid"}
@@ -109,7 +109,7 @@ def check(variants: dict[str, dict[str, Any]], ranks: list[dict[str, dict[str, A
 
 def run(processes: int, variants: dict[str, dict[str, Any]], folder: Path) -> None:
     job = "tests.training.test_optimizers:follow"
-    check(variants, run_on_ranks(processes, job, timeout=300, variants=variants, folder=folder))
+    check(variants, run_on_ranks(processes, job, timeout=550, variants=variants, folder=folder))
 
 
 def move(moves: dict[str, tuple[dict[str, Any], ...]], folder: Path) -> dict[str, float]:
@@ -132,7 +132,7 @@ def move(moves: dict[str, tuple[dict[str, Any], ...]], folder: Path) -> dict[str
 
 def check_moves(processes: int, moves: dict[str, tuple[dict[str, Any], ...]], folder: Path) -> None:
     job = "tests.training.test_optimizers:move"
-    for errors in run_on_ranks(processes, job, timeout=300, moves=moves, folder=folder):
+    for errors in run_on_ranks(processes, job, timeout=550, moves=moves, folder=folder):
         for name, (common, _, _) in moves.items():
             tolerance = TOLERANCE[common.get("name", "adamw"), common.get("dtype", "fp32")]
             assert errors[name] < tolerance, (name, errors[name])
