@@ -33,10 +33,8 @@ def mend(optimizer: MegatronOptimizer) -> None:
     inner = optimizer.optimizer
     if isinstance(inner, torch.optim.AdamW):
         initialize_adamw(inner)
-    if isinstance(inner, torch.optim.AdamW):
-        inner.register_load_state_dict_pre_hook(with_steps)
     if isinstance(inner, torch.optim.AdamW | HybridDeviceOptimizer):
-        inner.register_load_state_dict_post_hook(separate_steps)
+        inner.register_load_state_dict_pre_hook(separate_steps)
 
 
 def initialize_adamw(optimizer: torch.optim.AdamW) -> None:
@@ -51,15 +49,9 @@ def initialize_adamw(optimizer: torch.optim.AdamW) -> None:
             }
 
 
-def with_steps(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Before a load: Megatron leaves a common step of 0 out of a checkpoint, AdamW's load asks for it."""
-    for state in state_dict["state"].values():
-        state.setdefault("step", torch.zeros(()))
-
-
-def separate_steps(optimizer: torch.optim.Optimizer) -> None:
+def separate_steps(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Give every parameter a step tensor of its own; 0 where the checkpoint was written before the first step."""
-    for state in optimizer.state.values():
+    for state in state_dict["state"].values():
         state["step"] = state["step"].clone() if "step" in state else torch.zeros(())
 
 

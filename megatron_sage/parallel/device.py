@@ -150,6 +150,8 @@ def _silence_advice_for_gpus() -> None:
         "ignore", message=".*environment variable CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning
     )
     # the optimizers look at shards, which are views, for gradients that they put there themselves
-    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", category=UserWarning)
+    warnings.filterwarnings(
+        "ignore", message="The .grad attribute of a Tensor that is not a leaf", category=UserWarning
+    )
     # torch 2.13 renames the collectives that megatron-core 0.16 calls
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)

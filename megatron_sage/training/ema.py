@@ -64,7 +64,5 @@ class Ema:
 
 def _copy(parameter: torch.nn.Parameter, on_host: bool) -> torch.Tensor:
     where = torch.device("cpu") if on_host else parameter.device
-    average = torch.empty(
-        parameter.shape, dtype=torch.float32, device=where, pin_memory=on_host and parameter.is_cuda
-    )
+    average = torch.empty(parameter.shape, dtype=torch.float32, device=where, pin_memory=on_host and parameter.is_cuda)
     return average.copy_(parameter.detach())

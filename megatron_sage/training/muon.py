@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter.data))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update; `closure` is not used. All ranks of the TP group call: split matrices are gathered."""
         self.initialize()
         places = iter(self.matrices)
@@ -126,15 +126,14 @@ class Muon(torch.optim.Optimizer):
 
     def _direction(self, update: torch.Tensor, matrix: Matrix, steps: int) -> tuple[torch.Tensor, float]:
         """This rank's slice of the orthogonalised update, and the factor that gives it AdamW's size."""
-        dim, size = matrix.partition_dim, self.tp_group.size()
-        split = dim is not None and size > 1
-        if split:
+        size = self.tp_group.size()
+        dim = matrix.partition_dim if size > 1 else None
+        whole = update
+        if dim is not None:
             slices = [torch.empty_like(update) for _ in range(size)]
             dist.all_gather(slices, update.contiguous(), group=self.tp_group)
             whole = torch.cat(slices, dim=dim)
-        else:
-            whole = update
         maps = [orthogonalize(one, steps, self.dtype) for one in matrix.split(whole)]
         scale = 0.2 * math.sqrt(max(maps[0].shape))
         joined = matrix.join(maps)
-        return (joined.chunk(size, dim=dim)[self.tp_group.rank()] if split else joined), scale
+        return (joined if dim is None else joined.chunk(size, dim=dim)[self.tp_group.rank()]), scale

@@ -71,29 +71,44 @@ class DeepSpeedAdamW(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of all parameters that have a gradient; `closure` is not used."""
-        kernel = _deepspeed_adam()
-        kernel.param_groups = [{**group, "bias_correction": True} for group in self.param_groups]
-        kernel.state.clear()
+        kernel, stranger = _deepspeed_adam()
+        groups = [{**self.param_groups[0], "params": [stranger]}, *self.param_groups]
+        kernel.param_groups = [{**group, "bias_correction": True} for group in groups]
+        moments = {"exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}
+        kernel.state[stranger] = {"step": _FAR, **moments}
         for parameter, state in self.state.items():
             if parameter.grad is not None:
                 # DeepSpeed counts with an int, in the state itself
                 moments = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
                 kernel.state[parameter] = {"step": int(state["step"]), **moments}
         kernel.step()
+        del kernel.state[stranger]
         for parameter, state in kernel.state.items():
             self.state[parameter]["step"].fill_(state["step"])
         kernel.param_groups = []
         kernel.state.clear()
 
 
+_FAR = 2**30  # a step that no run comes near
+
+
 @functools.cache
-def _deepspeed_adam() -> Any:
-    """One for the process; it owns no parameter. Made at the first use: DeepSpeed compiles its kernel then."""
+def _deepspeed_adam() -> tuple[Any, torch.Tensor]:
+    """DeepSpeed's optimizer, one for the process, that owns no parameter; and a parameter that makes it forget.
+
+    From one step to the next the kernel multiplies the powers of beta up, in fp32; where the step jumps it computes
+    them anew, with another last bit. A resumed run would differ from the one that went on. The stranger's step is far
+    away: with it in front, each step is a jump.
+
+    Made at the first use: DeepSpeed compiles its kernel then.
+    """
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    return DeepSpeedCPUAdam([torch.zeros(1)], adamw_mode=True)
+    stranger = torch.zeros(1)
+    stranger.grad = torch.zeros(1)
+    return DeepSpeedCPUAdam([stranger], adamw_mode=True), stranger
 
 
 def move_to_host(optimizer: DistributedOptimizer, settings: OptimizerConfig, deepspeed: bool) -> None:
@@ -106,7 +121,7 @@ def move_to_host(optimizer: DistributedOptimizer, settings: OptimizerConfig, dee
     for group in groups:
         for shard in group["params"]:
             if not shard.is_leaf:
-                shard.retain_grad()  # of fp32 weights it is a view; torch's optimizers take only what may have a gradient
+                shard.retain_grad()  # of fp32 weights it is a view, which torch's optimizers take only like this
     gpu = torch.cuda.is_available()
     optimizer.optimizer = HostOptimizer(
         [{key: value for key, value in group.items() if key not in optimizer.optimizer.defaults} for group in groups],

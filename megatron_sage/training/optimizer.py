@@ -98,8 +98,8 @@ class Optimizers(ChainedOptimizer):
     def get_grad_norm(self) -> float:
         """The norm of all gradients of the model, the same on every rank.
 
-        On a CPU not by Megatron, that is torch.norm: it adds up a vector of 4 million fp32 values with an error of 1e-4,
-        another one for each way in which the vector is split over ranks.
+        On a CPU not by Megatron, that is by torch.norm: it adds up 4 million fp32 values with an error of 1e-4, another
+        one for each way in which they are split over ranks.
         """
         if torch.cuda.is_available():
             return super().get_grad_norm()

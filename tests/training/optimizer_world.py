@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 MODEL = {
     "num_attention_heads": 4,
@@ -48,13 +49,14 @@ def build(
     pipeline: int = 1,
     dtype: str = "fp32",
     frozen: str = "-",
+    only: str = "",
     whole: bool = False,
     model: dict[str, Any] | None = None,
     weights_seed: int | None = None,
     **settings: Any,
 ) -> World:
-    """A layout of the present world. `frozen`: parameters whose (our) name holds it do not learn, nor does the largest
-    one, which is nine tenths of the model, unless `whole` is set."""
+    """A layout of the present world. `frozen`: parameters whose (our) name holds it do not learn, nor those whose
+    name lacks `only`, nor the largest one, which is nine tenths of the model, unless `whole` is set."""
     from megatron_sage.checkpoint import configs
     from megatron_sage.checkpoint.keymap import KeyMap
     from megatron_sage.config import Config
@@ -72,15 +74,13 @@ def build(
         setattr(config.optimizer, name, value)
     sizes = MODEL | (model or {})
     layout = {"tensor": tensor, "context": context, "pipeline": pipeline, "sequence_parallel": True}
-    chunks = build_chunks(
-        HunyuanVideoConfig.from_diffusers(sizes, dtype=DTYPES[dtype], **layout), groups.collection
-    )
+    chunks = build_chunks(HunyuanVideoConfig.from_diffusers(sizes, dtype=DTYPES[dtype], **layout), groups.collection)
     keymap = KeyMap.from_config(configs.complete(dict(sizes), Path("config.json")))
     world = World(config, groups, chunks, None, keymap, dtype, seed)
     put(world, values(keymap, seed if weights_seed is None else weights_seed, "weights"), lambda p: p.data)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            if frozen in name or (name == LARGEST and not whole):
+            if frozen in name or only not in name or (name == LARGEST and not whole):
                 parameter.requires_grad_(False)
     ddp = wrap(chunks, groups, config.optimizer.distributed)
     world.optimizer = build_optimizer(config, ddp, DTYPES[dtype])
@@ -92,7 +92,10 @@ def values(keymap: Any, seed: int, kind: str) -> dict[str, torch.Tensor]:
     found = {}
     for name, shape in keymap.shapes("diffusers").items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {kind} {name}".encode()))
-        found[name] = torch.randn(shape, generator=generator) * 0.3
+        if len(shape) == 2 and min(shape) == 2048:  # cheaper than 4 million random numbers
+            found[name] = torch.outer(*(torch.randn(size, generator=generator) for size in shape)) * 0.3
+        else:
+            found[name] = torch.randn(shape, generator=generator) * 0.3
     return found
 
 
@@ -139,13 +142,16 @@ def reference(world: World, steps: int) -> tuple[dict[str, torch.Tensor], list[f
     settings = world.config.optimizer
     start = values(world.keymap, world.seed, "weights")
     weights = {name: value.to(DTYPES[world.dtype]).float().requires_grad_(True) for name, value in start.items()}
-    fixed = {
+    mine = {
         other
         for chunk in world.chunks
         for name, parameter in chunk.named_parameters()
         if not parameter.requires_grad
         for other in world.keymap.by_name("ours")[name].diffusers
     }
+    every: list[Any] = [None] * world.groups.world_size  # another pipeline stage has other parameters
+    dist.all_gather_object(every, mine, group=dist.group.WORLD)
+    fixed = set().union(*every)
     learning = {name: value for name, value in weights.items() if name not in fixed}
     matrices = [n for n in learning if settings.name == "muon" and _is_muon(n, learning[n])]
     rest = [name for name in learning if name not in matrices]
@@ -238,13 +244,11 @@ def master(world: World, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, i
 
 def save(world: World, directory: Path) -> None:
     """Weights and optimizer as a run's checkpoint has them."""
-    import torch.distributed as dist
-
     from megatron_sage.checkpoint import torch_dist
 
     if world.groups.rank == 0:
         directory.mkdir(parents=True)
-    dist.barrier()
+    dist.barrier(group=dist.group.WORLD)
     torch_dist.save(_sharded(world, loading=False), directory)
 
 
