@@ -52,6 +52,8 @@ def what_happens(control: Control) -> str:
     """After the first signal."""
     if control.hold:
         return "the weights have been updated in this iteration: it is finished, then the run saves and leaves"
+    if control.phase in ("load", "save", "export"):  # no micro-steps that could be skipped
+        return f"this phase ({control.phase}) is completed, then the run leaves where its state is whole"
     return (
         f"the rest of this phase ({control.phase}) is skipped; the run saves the state that iteration "
         f"{control.iteration} began with and leaves"
