@@ -1,7 +1,7 @@
 """Everything a run needs, built once: groups, policy, prompts with their text, codec, reward, step table."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from megatron_sage.grpo.window import window_steps, windowed
 from megatron_sage.model.config import HunyuanVideoConfig
 from megatron_sage.model.transformer import HunyuanVideoDiT, TextCondition, build_chunks
 from megatron_sage.parallel import groups as process_groups
+from megatron_sage.parallel.control import Control
 from megatron_sage.parallel.device import device
 from megatron_sage.parallel.groups import Groups
 from megatron_sage.rollout.policy import Network, Prompt, VideoShape
@@ -42,6 +43,7 @@ class Engine:
     device: torch.device
     shape: VideoShape
     token_group: dist.ProcessGroup | None  # over which video tokens are split; None: every rank holds all
+    control: Control = field(default_factory=Control)  # where this rank is; `train` puts one here that can stop it
 
     @property
     def model_config(self) -> HunyuanVideoConfig:
@@ -51,7 +53,9 @@ class Engine:
     def network(self, guidance: float | None = None) -> Network:
         """The policy with the run's guidance, or another."""
         scale = self.config.sampler.guidance_scale if guidance is None else guidance
-        return Network(self.chunks, self.shape, scale, self.device)
+        network = Network(self.chunks, self.shape, scale, self.device)
+        network.control = self.control
+        return network
 
     def rollout_network(self) -> Network:
         """The policy as the rollout runs it."""
@@ -77,6 +81,11 @@ class Engine:
             chunk.train()
 
 
+def collective_timeout(config: Config) -> int:
+    """Seconds that a collective may wait: long enough for the watchdog to report a stall before it fails."""
+    return max(1800, int(2 * (config.training.stall_seconds or 0)))
+
+
 def initialize_groups(config: Config) -> Groups:
     """The process groups of the configured layout."""
     layout = config.parallel
@@ -85,6 +94,7 @@ def initialize_groups(config: Config) -> Groups:
         layout.context,
         layout.pipeline,
         config.seed,
+        collective_timeout(config),
         virtual_pipeline=chunks_of_stage(layout),
         hierarchical_context=layout.hierarchical_context,
     )

@@ -1,5 +1,6 @@
 """Rules of precision, optimizer, adapters and checkpoints: which settings exclude each other, and what they need."""
 
+import importlib.util
 from typing import Any
 
 from megatron_sage.config.schema import Config
@@ -16,6 +17,21 @@ def check_precision(config: Config) -> None:
 
 def check_optimizer(config: Config) -> None:
     """Which optimizers go together with which placement of their state."""
+    optimizer = config.optimizer
+    if optimizer.name == "muon":
+        if optimizer.distributed:
+            _refuse("optimizer.distributed", True, "splits matrices, which optimizer.name=muon needs whole: set false")
+        if optimizer.offload != "none":
+            _refuse("optimizer.offload", optimizer.offload, "is for AdamW: set none, or optimizer.name=adamw")
+        if config.lora.rank is not None:
+            _refuse("optimizer.name", "muon", "trains the blocks' matrices, which lora.rank freezes: set adamw")
+    if optimizer.offload != "none" and not optimizer.distributed:
+        _refuse("optimizer.offload", optimizer.offload, "works on distributed shards: set optimizer.distributed=true")
+    if optimizer.offload_fraction != 1 and optimizer.offload != "hybrid":
+        _refuse("optimizer.offload_fraction", optimizer.offload_fraction, "is of optimizer.offload=hybrid: set 1")
+    if optimizer.offload == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        cure = "pip install 'megatron-sage[deepspeed]', or set hybrid"
+        _refuse("optimizer.offload", "deepspeed", f"the package deepspeed is not installed: {cure}")
 
 
 def check_lora(config: Config) -> None:

@@ -17,6 +17,8 @@ from megatron_sage.rollout.transitions import StepTable, transition_log_prob
 class ForwardPass(ABC):
     """Forwards of both branches of a micro-batch; what is done with their velocities is the subclass's part."""
 
+    reads_reference = False
+
     def __init__(self, network: Network, table: StepTable, trajectories: Sequence[MicroTrajectory]) -> None:
         """`trajectories`: of each flight of the plan."""
         self.network, self.table, self.trajectories = network, table, trajectories
@@ -31,6 +33,8 @@ class ForwardPass(ABC):
         """Of all branches, on the last stage."""
 
     def forward(self, task: Task, packed: torch.Tensor | None) -> torch.Tensor:
+        if not self.network.control.micro_step(self.reads_reference):
+            return self.packed_like(task).zero_()  # the schedule goes on, what it computes will be dropped
         trajectory = self.trajectories[task.flight]
         x_SBC, step = self.inputs(task)
         sigma, batch = self.table.sigmas[step], len(trajectory.samples)
@@ -177,6 +181,8 @@ class Recording(Denoising):
 
 class References(ForwardPass):
     """A reference's velocities at given (trajectory, step) pairs, in any order: each pair is a flight of one step."""
+
+    reads_reference = True
 
     def __init__(
         self, network: Network, table: StepTable, pairs: Sequence[tuple[MicroTrajectory, int]], name: str

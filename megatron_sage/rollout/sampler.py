@@ -52,6 +52,8 @@ def rollout(
 ) -> tuple[list[MicroTrajectory], Occupancy]:
     """Denoise all flights, each from its own noise, and keep this rank's shard of what is trained on.
 
+    All ranks of the run call: where one of them has got a stop signal they raise Stopped together.
+
     Args:
         keep_velocity: keep the policy's velocities too.
         conditional: log-probabilities (and velocities) of the conditional branch alone, whatever the guidance that
@@ -76,6 +78,7 @@ def rollout(
     noise_of = partial(_noise, network.shape, seed, noise.ROLLOUT, network.device)
     work = Recording(network, table, trajectories, noise_of, on_step, token_group, keep_velocity, conditional)
     occupancy = run(work, len(table.std), chained=True)
+    network.control.end_phase()
     _share_log_probs(network, table, trajectories)
     return trajectories, occupancy
 
@@ -123,7 +126,9 @@ def reference_velocities(
     if pairs is None:
         pairs = [(number, step) for step in table.trained_steps for number in range(len(trajectories))]
     work = References(network, table, [(trajectories[number], step) for number, step in pairs], name)
-    return run(work, 1, chained=False)
+    occupancy = run(work, 1, chained=False)
+    network.control.end_phase()
+    return occupancy
 
 
 def _noise(

@@ -16,6 +16,7 @@ from megatron_sage.engine import Engine, build_engine, encode_prompts, initializ
 from megatron_sage.errors import UserError
 from megatron_sage.parallel import groups as process_groups
 from megatron_sage.parallel.context import choose_backend
+from megatron_sage.parallel.control import Stopped
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.reporting.report import write_report
 from megatron_sage.reporting.schedule import write_schedule
@@ -25,58 +26,77 @@ from megatron_sage.training.evaluation import describe_evaluation, evaluate
 from megatron_sage.training.metrics import MetricsLog, environment
 from megatron_sage.training.optimizer import build_optimizer, wrap
 from megatron_sage.training.state import TrainState
+from megatron_sage.training.supervision import Supervision
 from megatron_sage.training.trainer import Trainer
 
 
 def train(config: Config) -> int:
-    """Run training from start (or the newest checkpoint) to end; the config has been validated. 0 when done."""
+    """Run training from start (or the newest checkpoint) to end; the config has been validated.
+
+    Returns 0 when done, 75 when a signal stopped the run and its state was saved.
+    """
     if config.precision.threads:
         torch.set_num_threads(config.precision.threads)
     groups = initialize_groups(config)
-    _train(config, groups)
+    reporter = Reporter(groups.rank == 0)
+    _start_directory(Path(config.output_dir), config, groups)
+    with Supervision(config, groups) as supervision:
+        _train(config, groups, reporter, supervision)
     # Not in a `finally`: the command line prints an error of one rank alone only while the groups still exist.
     process_groups.shutdown()
-    return 0
+    return supervision.exit_code
 
 
-def _train(config: Config, groups: process_groups.Groups) -> None:
+def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, supervision: Supervision) -> None:
     main = groups.rank == 0
-    reporter = Reporter(main)
     directory = Path(config.output_dir)
-    _start_directory(directory, config, groups)
     engine = build_engine(config, groups)
-    ddp = wrap(engine.chunks, groups)
+    engine.control = supervision.control
+    ddp = wrap(engine.chunks, groups, config.optimizer.distributed)
     optimizer = build_optimizer(config, ddp, engine.dtype)
     texts = read_prompts(config.data.prompts)
     held_out = read_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
     prompts = encode_prompts(config, engine, [*texts, *held_out])
     codec, reward = load_codec(config), build_reward(config)
-    trainer = Trainer(engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter)
+    trainer = supervision.trainer = Trainer(
+        engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter
+    )
     validation = [prompts[t] for t in held_out]
-    state, checkpoints = TrainState(trainer), directory / "checkpoints"
+    state, checkpoints, settings = TrainState(trainer), directory / "checkpoints", config.training
     if resumes(config):
         state.load(checkpoints)
-    settings = config.training
     store = CheckpointStore(checkpoints, settings.keep_last, settings.keep_every, settings.async_save)
     log = MetricsLog(directory / "metrics.jsonl", main, trainer.iteration)
     references = MetricsLog(directory / "references.jsonl", main and bool(trainer.reference.kinds), trainer.iteration)
     _say_layout(config, engine, reporter)
-    if validation and trainer.iteration == 0:
-        evaluate("before", engine, validation, codec, reward, reporter)
-    if config.training.iterations == 0:
-        if main:
-            reporter.line(f"{directory / 'evaluation.json'}: {describe_evaluation(directory)}")
-        return
-    _iterate(config, state, store, log, references, reporter)
-    if groups.pp_size > 1:
-        write_schedule(trainer.schedule, groups.pp, directory)
-    if validation:
-        evaluate("after", engine, validation, codec, reward, reporter)
-    export = directory / "export" / "transformer"
+    try:
+        if validation and trainer.iteration == 0:
+            evaluate("before", engine, validation, codec, reward, reporter)
+        if config.training.iterations == 0:
+            if main:
+                reporter.line(f"{directory / 'evaluation.json'}: {describe_evaluation(directory)}")
+            return
+        _iterate(config, state, store, log, references, reporter, supervision)
+        if groups.pp_size > 1:
+            write_schedule(trainer.schedule, groups.pp, directory)
+        if validation:
+            evaluate("after", engine, validation, codec, reward, reporter)
+    except Stopped:
+        engine.control.enter("save")
+        state.save(store)
+        store.finish()
+        reporter.line(f"stopped: the state of {trainer.iteration} iterations is in {checkpoints}")
+        raise
+    engine.control.enter("export")
+    export, averaged = (directory / "export" / name for name in ("transformer", "transformer_ema"))
     if main:
-        shutil.rmtree(export, ignore_errors=True)  # of this run before it was resumed
+        for old in (export, averaged):
+            shutil.rmtree(old, ignore_errors=True)  # of this run before it was resumed
     dist.barrier(group=dist.group.WORLD)
     export_hf(engine.chunks, export, engine.model_config.to_diffusers())
+    if trainer.ema is not None:
+        with trainer.ema.swapped_in():
+            export_hf(engine.chunks, averaged, engine.model_config.to_diffusers())
     if main:
         reporter.line(f"report: {write_report(directory)}")
     dist.barrier(group=dist.group.WORLD)
@@ -127,6 +147,7 @@ def _iterate(
     log: MetricsLog,
     references: MetricsLog,
     reporter: Reporter,
+    supervision: Supervision,
 ) -> None:
     """All iterations, each with its line of metrics; a checkpoint at the end and every `save_interval`.
 
@@ -141,14 +162,14 @@ def _iterate(
         reporter.line(_line(number, config.training.iterations, row))
         due = config.training.save_interval and trainer.iteration % config.training.save_interval == 0
         if due or stop or trainer.iteration == config.training.iterations:
+            supervision.control.enter("save")
             state.save(store)
         store.poll()
         if stop:
             store.finish()
-            raise UserError(
-                f"{config.reward.function}: more than half of the rewards were not finite in three iterations running; "
-                f"the run is saved in {store.directory}: look at the reward model"
-            )
+            raise UserError(f"{stop}; the run is saved in {store.directory}")
+        supervision.progress(trainer.iteration)
+        supervision.control.end_phase()  # a signal that came while the iteration could not be dropped
     store.finish()
 
 

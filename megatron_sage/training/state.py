@@ -42,6 +42,8 @@ class TrainState:
         }
         if trainer.reference.moving is not None:
             state["anchor"] = _with_data(self._shards(), trainer.reference.moving.state_dict(), "anchor")
+        if trainer.ema is not None:
+            state["ema"] = _with_data(self._shards(), trainer.ema.state_dict(), "ema")
         return state
 
     def _shards(self) -> dict[str, Any]:
@@ -94,6 +96,8 @@ class TrainState:
         trainer.optimizer.load_state_dict(loaded["optimizer"])
         if trainer.reference.moving is not None:
             trainer.reference.moving.load_state_dict(loaded["anchor"])
+        if trainer.ema is not None:
+            trainer.ema.load_state_dict(loaded["ema"])
         trainer.iteration = plain["iteration"]
         trainer.optimizer_steps = plain["optimizer_steps"]
         trainer.controller.load_state_dict(plain["controller"])
@@ -137,6 +141,6 @@ def _with_data(shards: dict[str, Any], tensors: dict[str, Any], prefix: str) -> 
     for name, tensor in tensors.items():
         chunk, _, parameter = name.partition(".")
         shard = shards[chunk][parameter]
-        shard.key, shard.data = f"{prefix}.{shard.key}", tensor
+        shard.key, shard.data, shard.dtype = f"{prefix}.{shard.key}", tensor, tensor.dtype
         renamed[name] = shard
     return renamed
