@@ -65,8 +65,11 @@ def build(
     from megatron_sage.parallel.groups import initialize, shutdown
     from megatron_sage.training.optimizer import build_optimizer, wrap
 
-    shutdown()
-    groups = initialize(tensor, context, pipeline)
+    try:
+        groups = initialize(tensor, context, pipeline)  # the groups of the world before, where its layout was this one
+    except ValueError:
+        shutdown()
+        groups = initialize(tensor, context, pipeline)
     config = Config()
     base = {"lr": 1e-2, "weight_decay": 0.1, "grad_clip": 1.0}
     for name, value in (base | settings).items():

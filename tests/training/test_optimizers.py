@@ -11,7 +11,7 @@ from tests.parallel.pool import run_on_ranks
 from tests.training import optimizer_world as tiny
 
 STEPS = 4
-# of the largest change. The host kernels hold 1 - beta2^t in fp32, 1e-5 off at first; Muon rounds to bf16 as it iterates
+# of the largest change. Host kernels hold 1 - beta2^t in fp32, 1e-5 off at first; Muon rounds to bf16 as it iterates
 TOLERANCE = {("adamw", "fp32"): 5e-5, ("adamw", "bf16"): 5e-5, ("muon", "fp32"): 2e-4, ("muon", "bf16"): 3e-2}
 
 SHARDED = {"distributed": True}
@@ -33,26 +33,27 @@ DEEPSPEED: dict[str, dict[str, Any]] = {
     "deepspeed": SHARDED | {"offload": "deepspeed"},
     "deepspeed bf16": SHARDED | {"offload": "deepspeed", "dtype": "bf16", "frozen": "ff."},
 }
+# those of one layout together: gloo keeps the threads of groups that are no longer used
 TWO: dict[str, dict[str, Any]] = {
     "adamw TP": {"tensor": 2},
     "distributed TP": SHARDED | {"tensor": 2, "dtype": "bf16"},
+    "muon TP": MUON | {"tensor": 2},
+    "muon TP bf16": MUON | {"tensor": 2, "dtype": "bf16"},
     "distributed DP": SHARDED | {"frozen": "attn", "whole": True},
-    "distributed CP bf16": SHARDED | {"context": 2, "dtype": "bf16"},
     # the second rank's part of the buffer is padding
     "distributed DP, hardly any": SHARDED | {"model": {"num_layers": 1}, "only": "img_q_layernorm"},
     "hybrid DP, hardly any": HYBRID | {"model": {"num_layers": 1}, "only": "img_q_layernorm", "dtype": "bf16"},
     "hybrid DP": HYBRID | {"dtype": "bf16"},
-    "muon TP": MUON | {"tensor": 2},
-    "muon TP bf16": MUON | {"tensor": 2, "dtype": "bf16"},
-    "muon DP": MUON,
+    "distributed CP bf16": SHARDED | {"context": 2, "dtype": "bf16"},
 }
 MORE: dict[str, dict[str, Any]] = {
-    "distributed TP DP": SHARDED | {"tensor": 2},
-    "distributed CP DP bf16": SHARDED | {"context": 2, "dtype": "bf16"},
-    "distributed PP DP": SHARDED | {"pipeline": 2},
     "hybrid TP PP": HYBRID | {"tensor": 2, "pipeline": 2, "dtype": "bf16"},
     "adamw TP PP": {"tensor": 2, "pipeline": 2},
     "muon TP PP": MUON | {"tensor": 2, "pipeline": 2},
+    "distributed TP DP": SHARDED | {"tensor": 2},
+    "muon TP DP": MUON | {"tensor": 2},
+    "distributed CP DP bf16": SHARDED | {"context": 2, "dtype": "bf16"},
+    "distributed PP DP": SHARDED | {"pipeline": 2},
     "muon TP 4": MUON | {"tensor": 4, "dtype": "bf16"},
 }
 # settings, layout that saves, layout that loads
