@@ -36,7 +36,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron_sage.model.lora_targets import LINEARS, AdapterSettings, Split, child_name
 from megatron_sage.parallel.device import device
 
-Chunks = Sequence[Any]  # of HunyuanVideoDiT, which imports nothing of this
+Chunks = Sequence[Any]  # of HunyuanVideoDiT: this rank's part of the model, not in its DDP wrapper
 
 
 class _Matrix(torch.nn.Module):

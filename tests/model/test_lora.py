@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from megatron_sage.checkpoint.convert import hf_to_megatron
 from megatron_sage.checkpoint.distributed import export_hf, load_weights, save_weights
 from megatron_sage.checkpoint.keymap import TABLE
 from megatron_sage.checkpoint.lora import FILE, export_adapters, gather_adapters
@@ -125,6 +126,11 @@ def test_merged_and_separate_exports_give_diffusers_the_same_model(one_rank: Gro
     merged = run_diffusers(HunyuanVideo15Transformer3DModel.from_pretrained(tmp_path / "merged"), lora)
     assert relative(separate, sample, sample.abs().max()) <= 1e-6
     assert relative(merged, sample, sample.abs().max()) <= 3e-6
+    hf_to_megatron(tmp_path / "merged", tmp_path / "back")  # and ours again, e.g. to sample from
+    again = build_stage(lora.case, one_rank)
+    load_weights(again, tmp_path / "back")
+    back = run_ours(again, dataclasses.replace(arguments(lora), grad_output=None)).sample
+    assert relative(back.detach(), sample, sample.abs().max()) <= 3e-6
     with safe_open(tmp_path / "lora" / FILE, framework="pt") as file:
         config = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (config["transformer.r"], config["transformer.lora_alpha"]) == (lora.rank, lora.alpha)

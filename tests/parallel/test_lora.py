@@ -206,6 +206,17 @@ def test_adapters_go_from_one_rank_to_two(root: Path, single: dict[str, Any]) ->
 
 
 @pytest.mark.nightly
+def test_a_bf16_run_trains(root: Path, single: dict[str, Any]) -> None:
+    changes = {"parallel.tensor": 2, "precision.dtype": "bf16", "grpo.allow_clip_below_floor": True}
+    found = run(root, "bf16", 2, **changes)
+    assert [row["reward/mean"] for row in found["rows"]] == pytest.approx(
+        [row["reward/mean"] for row in single["rows"]], rel=0.05
+    )
+    moved = [name for name, value in found["adapters"].items() if ".lora_B." in name and value.any()]
+    assert len(moved) == len(found["adapters"]) / 2
+
+
+@pytest.mark.nightly
 def test_a_resumed_run_is_the_uninterrupted_run(root: Path) -> None:
     def whole(name: str, **changes: Any) -> list[dict[str, Any]]:
         arguments = arguments_of(root, name, **changes)
