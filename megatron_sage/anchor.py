@@ -7,13 +7,15 @@ on the device; to refresh it the shard is copied to the host beside the next rol
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 
 from megatron_sage.errors import UserError
+from megatron_sage.model.lora import adapters_off
+from megatron_sage.model.lora_targets import is_adapter
 from megatron_sage.model.transformer import HunyuanVideoDiT
 from megatron_sage.parallel.groups import Groups
 from megatron_sage.parallel.streaming import Stream, Unit, bit_sum, swapped
@@ -43,7 +45,7 @@ class Anchor:
         self._blocks = [[(block, Unit(named, group, on_device)) for block, named in chunk] for chunk in blocks]
         self._side = torch.cuda.Stream(device=self._device)
         self._worker = ThreadPoolExecutor(1, "anchor")
-        self._pending: tuple[torch.Tensor, Future[int]] | None = None
+        self._pending: tuple[torch.Tensor, Future[int]] | None = None  # sums of the policy, and of its copy
         self.checksum = 0  # of the last complete copy
         self.refresh()
         self.finish()
@@ -66,7 +68,7 @@ class Anchor:
         self.finish()
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
-            sums = self._policy_sums()
+            sums = self._sums()
             for unit in self._units:
                 unit.store()
             copied = torch.cuda.Event()
@@ -125,18 +127,12 @@ class Anchor:
             raise ValueError(f"anchor: parameters {sorted(missing)[:3]} are not in both the checkpoint and the model")
         for unit in self._units:
             unit.store(state)
-        self.checksum = self._agree(self._policy_sums(state), self._kept_sum(None))
+        self.checksum = self._agree(self._sums(state), self._kept_sum(None))
 
-    def _policy_sums(self, state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """[2] int64 on the device: bit sums of this rank's parameters, and of those it speaks for in the model."""
-        own = torch.zeros(2, dtype=torch.int64, device=self._device)
-        for unit in self._units:
-            for place in unit.places:
-                value = bit_sum(place.parameter.data if state is None else state[place.name])
-                counts = param_is_not_tensor_parallel_duplicate(place.parameter, self.groups.tp)
-                counts = counts and not getattr(place.parameter, "shared", False)
-                own += torch.stack([value, value * counts]).to(own.device)
-        return own
+    def _sums(self, state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        places = [place for unit in self._units for place in unit.places]
+        tensors = [p.parameter.data if state is None else state[p.name] for p in places]
+        return parameter_sums([p.parameter for p in places], tensors, self.groups, self._device)
 
     def _kept_sum(self, copied: torch.cuda.Event | None) -> int:
         if copied is not None:
@@ -144,31 +140,69 @@ class Anchor:
         return sum(unit.bits() for unit in self._units)
 
     def _agree(self, sums: torch.Tensor, kept: int) -> int:
-        """The checksum of the whole model's anchor: equal at every layout if the weights are.
-
-        Over DP x CP, whose ranks hold the same parameters, the policies' sums must be one number; a copy, or the sum of
-        its slices over these ranks, must have the sum of its original. Over TP x PP the shards' sums add up.
-        """
+        """The checksum; a copy, or the sum of its slices over DP x CP, must have the sum of its original."""
         same = self.groups.collection.dp_cp
         copy = torch.tensor([kept], dtype=torch.int64, device=sums.device)
         if self.sharded:
             dist.all_reduce(copy, op=dist.ReduceOp.SUM, group=same)
-        span = torch.stack([sums[0], -sums[0], copy[0] - sums[0], sums[0] - copy[0]])
-        dist.all_reduce(span, op=dist.ReduceOp.MAX, group=same)
-        high, low, more, less = span.tolist()
-        if high != -low:
-            raise UserError(
-                f"rank {self.groups.rank}: the replicas of this shard of the policy differ (bit sums {-low}, {high}): "
-                "their updates have come apart; restart from the newest checkpoint and look for a failing device"
-            )
-        if more or less:
+        checksum = agreed_checksum(sums, self.groups)
+        off = (copy - sums[:1]).abs()
+        dist.all_reduce(off, op=dist.ReduceOp.MAX, group=same)
+        if int(off):
             raise UserError(
                 f"rank {self.groups.rank}: the anchor's copy differs from the policy it was made of (bit sums off by "
-                f"{max(more, less)}): look for failing memory"
+                f"{int(off)}): look for failing memory"
             )
-        total = sums[1:].clone()
-        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.groups.collection.mp)
-        return int(total) % _MODULUS
+        return checksum
+
+
+class BaseModel:
+    """The reference that a run with adapters has for nothing: the frozen weights alone."""
+
+    def __init__(self, chunks: Sequence[HunyuanVideoDiT], groups: Groups) -> None:
+        self.chunks = chunks
+        base = [p for chunk in chunks for name, p in chunk.named_parameters() if not is_adapter(name)]
+        sums = parameter_sums(base, [p.data for p in base], groups, next(chunks[0].parameters()).device)
+        self.checksum = agreed_checksum(sums, groups)
+
+    def swapped_in(self) -> AbstractContextManager[None]:
+        """Inside the block the adapters are off."""
+        return adapters_off(self.chunks)
+
+    def finish(self) -> None:
+        """Nothing is ever under way."""
+
+
+def parameter_sums(
+    parameters: Sequence[torch.nn.Parameter], tensors: Sequence[torch.Tensor], groups: Groups, device: torch.device
+) -> torch.Tensor:
+    """[2] int64 on the device: bit sums of this rank's tensors, and of those that it speaks for in the whole model."""
+    own = torch.zeros(2, dtype=torch.int64, device=device)
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        value = bit_sum(tensor)
+        counts = param_is_not_tensor_parallel_duplicate(parameter, groups.tp)
+        counts = counts and not getattr(parameter, "shared", False)  # of pipeline stages' copies one counts
+        own += torch.stack([value, value * counts]).to(device)
+    return own
+
+
+def agreed_checksum(sums: torch.Tensor, groups: Groups) -> int:
+    """Of the whole model: the same number at every layout if the weights are. All ranks call.
+
+    Over DP x CP, whose ranks hold the same parameters, the sums must be one number, or UserError; over TP x PP those of
+    the shards add up.
+    """
+    span = torch.stack([sums[0], -sums[0]])
+    dist.all_reduce(span, op=dist.ReduceOp.MAX, group=groups.collection.dp_cp)
+    high, low = span.tolist()
+    if high != -low:
+        raise UserError(
+            f"rank {groups.rank}: the replicas of this shard of the policy differ (bit sums {-low}, {high}): their "
+            "updates have come apart; restart from the newest checkpoint and look for a failing device"
+        )
+    total = sums[1:].clone()
+    dist.all_reduce(total, op=dist.ReduceOp.SUM, group=groups.collection.mp)
+    return int(total) % _MODULUS
 
 
 Named = list[tuple[str, torch.nn.Parameter]]

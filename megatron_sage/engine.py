@@ -20,6 +20,8 @@ from megatron_sage.grpo.schedule import shifted_sigmas
 from megatron_sage.grpo.sde import StepCoefficients, is_normalized, step_coefficients
 from megatron_sage.grpo.window import window_steps, windowed
 from megatron_sage.model.config import HunyuanVideoConfig
+from megatron_sage.model.lora import add_adapters
+from megatron_sage.model.lora_targets import AdapterSettings
 from megatron_sage.model.transformer import HunyuanVideoDiT, TextCondition, build_chunks
 from megatron_sage.parallel import groups as process_groups
 from megatron_sage.parallel.control import Control
@@ -153,10 +155,18 @@ def build_engine(config: Config, groups: Groups) -> Engine:
     chunks = build_chunks(settings, groups.collection)
     assert config.model.weights is not None  # validated
     load_weights(chunks, config.model.weights)
+    if config.lora.rank is not None:
+        add_adapters(chunks, adapter_settings(config, config.lora.rank))
     video = config.video
     grid = ((video.frames - 1) // TEMPORAL + 1, video.height // SPATIAL, video.width // SPATIAL)
     shape = VideoShape(grid, settings.out_channels, chunks[0].image_shard(grid))
     return Engine(config, groups, chunks, settings.params_dtype, device(), shape, chunks[0].token_group)
+
+
+def adapter_settings(config: Config, rank: int) -> AdapterSettings:
+    """The adapters of `lora`; alpha null is the rank."""
+    alpha = float(rank) if config.lora.alpha is None else config.lora.alpha
+    return AdapterSettings(rank, alpha, tuple(config.lora.targets), config.seed)
 
 
 def read_transformer_config(pretrained: str) -> dict[str, Any]:

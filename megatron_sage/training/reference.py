@@ -1,23 +1,15 @@
 """References of the position KL: the initial model, an anchor that follows the policy now and then, or both."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from contextlib import contextmanager
 
-from megatron_sage.anchor import Anchor
+from megatron_sage.anchor import Anchor, BaseModel
 from megatron_sage.config.schema import position_references
 from megatron_sage.engine import Engine
+from megatron_sage.model.lora import has_adapters
 from megatron_sage.rollout.buffer import MicroTrajectory
 from megatron_sage.rollout.sampler import reference_velocities
 from megatron_sage.rollout.transitions import StepTable
-
-
-class Source(Protocol):
-    """Where a reference's weights come from."""
-
-    def swapped_in(self) -> AbstractContextManager[None]:
-        """Inside the block the policy's chunks compute with them."""
-        ...
 
 
 class Reference:
@@ -29,17 +21,20 @@ class Reference:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.kinds = position_references(engine.config.kl)
-        self.anchors = {kind: self._anchor() for kind in self.kinds.values()}
+        self.anchors = {kind: self._source(kind) for kind in self.kinds.values()}
         self.used: dict[str, str] = {}  # checksums of what the present iteration measures against
 
-    def _anchor(self) -> Anchor:
-        kl = self.engine.config.kl
-        return Anchor(self.engine.chunks, self.engine.groups, kl.anchor_placement == "device", kl.anchor_sharded)
+    def _source(self, kind: str) -> Anchor | BaseModel:
+        engine, kl = self.engine, self.engine.config.kl
+        if kind == "fixed" and has_adapters(engine.chunks):
+            return BaseModel(engine.chunks, engine.groups)
+        return Anchor(engine.chunks, engine.groups, kl.anchor_placement == "device", kl.anchor_sharded)
 
     @property
     def moving(self) -> Anchor | None:
         """The one that is part of a run's state: the initial model is read again from where it came."""
-        return self.anchors.get("moving")
+        found = self.anchors.get("moving")
+        return found if isinstance(found, Anchor) else None
 
     @property
     def checksums(self) -> dict[str, str]:

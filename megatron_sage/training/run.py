@@ -1,19 +1,18 @@
 """`megatron-sage train`: from a validated config to a finished run directory."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_sage.checkpoint.distributed import export_hf
 from megatron_sage.checkpoint.store import CheckpointStore, newest
 from megatron_sage.config import Config, dump
 from megatron_sage.data.prompts import read_prompts
 from megatron_sage.engine import Engine, build_engine, encode_prompts, initialize_groups, load_codec
 from megatron_sage.errors import UserError
+from megatron_sage.model.lora_targets import is_adapter
 from megatron_sage.parallel import groups as process_groups
 from megatron_sage.parallel.context import choose_backend
 from megatron_sage.parallel.control import Stopped
@@ -23,6 +22,7 @@ from megatron_sage.reporting.schedule import write_schedule
 from megatron_sage.rewards.composite import WithWatch
 from megatron_sage.rewards.protocol import Reward, load_reward
 from megatron_sage.training.evaluation import describe_evaluation, evaluate
+from megatron_sage.training.export import write_export
 from megatron_sage.training.metrics import MetricsLog, environment
 from megatron_sage.training.optimizer import build_optimizer, wrap
 from megatron_sage.training.state import TrainState
@@ -88,15 +88,7 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
         reporter.line(f"stopped: the state of {trainer.iteration} iterations is in {checkpoints}")
         raise
     engine.control.enter("export")
-    export, averaged = (directory / "export" / name for name in ("transformer", "transformer_ema"))
-    if main:
-        for old in (export, averaged):
-            shutil.rmtree(old, ignore_errors=True)  # of this run before it was resumed
-    dist.barrier(group=dist.group.WORLD)
-    export_hf(engine.chunks, export, engine.model_config.to_diffusers())
-    if trainer.ema is not None:
-        with trainer.ema.swapped_in():
-            export_hf(engine.chunks, averaged, engine.model_config.to_diffusers())
+    write_export(engine, directory / "export", trainer.ema)
     if main:
         reporter.line(f"report: {write_report(directory)}")
     dist.barrier(group=dist.group.WORLD)
@@ -119,6 +111,8 @@ def build_reward(config: Config) -> Reward:
 def _say_layout(config: Config, engine: Engine, reporter: Reporter) -> None:
     groups, settings = engine.groups, engine.model_config
     parameters = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
+    adapters = sum(p.numel() for chunk in engine.chunks for n, p in chunk.named_parameters() if is_adapter(n))
+    trained = f", {adapters:,} of them adapters and trained" if config.lora.rank is not None else ""
     forwards = {part: network.branches for part, network in engine.networks().items()}
     reporter.line(
         f"guidance {config.sampler.guidance_scale}, cfg_in_training {config.grpo.cfg_in_training}: "
@@ -126,8 +120,8 @@ def _say_layout(config: Config, engine: Engine, reporter: Reporter) -> None:
     )
     reporter.line(
         f"{config.name}: {groups.world_size} ranks = TP {groups.tp_size} x CP {groups.cp_size} x PP {groups.pp_size} x "
-        f"DP {groups.dp_size}; {parameters:,} parameters on this one; {engine.shape.shard.num_tokens} video tokens, "
-        f"{engine.shape.shard.local} on a rank"
+        f"DP {groups.dp_size}; {parameters:,} parameters on this one{trained}; "
+        f"{engine.shape.shard.num_tokens} video tokens, {engine.shape.shard.local} on a rank"
     )
     if groups.cp_size > 1:
         chosen, reason = choose_backend(settings.num_attention_heads, groups.tp_size, groups.cp_size)

@@ -5,6 +5,7 @@ rest is plain numbers in `state.json`.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_sage.anchor import BaseModel
 from megatron_sage.checkpoint.keymap import KeyMap
 from megatron_sage.checkpoint.staging import on_all_ranks
 from megatron_sage.checkpoint.store import CheckpointStore, newest, opened
 from megatron_sage.checkpoint.torch_dist import MegatronDirectory, first_failure
 from megatron_sage.errors import UserError
+from megatron_sage.model.lora import has_adapters
+from megatron_sage.model.lora_targets import is_adapter
 from megatron_sage.training import random_state
 from megatron_sage.training.trainer import Trainer
 
@@ -26,18 +30,31 @@ VERSION = 2  # of state.json
 class TrainState:
     """What it takes to continue: policy, optimizer, moving anchor, lambda controller, counters, prompts, random state.
 
-    Not in it: the initial model (it is read again from `model.weights`, and its checksum compared), and everything
-    that follows from the configuration.
+    Not in it: the initial model, the base of a run with adapters (they are read again from `model.weights`, and their
+    checksum is compared), and everything that follows from the configuration.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+        engine = trainer.engine
+        self.adapters = has_adapters(engine.chunks)
+        base = BaseModel(engine.chunks, engine.groups) if self.adapters else None
+        initial = f"{base.checksum:016x}" if base else trainer.reference.checksums.get("fixed")
+        lora = {key: value for key, value in asdict(engine.config.lora).items() if key != "export"}
+        self.identity: dict[str, Any] = {  # what a checkpoint and the run that goes on from it must have in common
+            "model": {k: v for k, v in engine.model_config.to_diffusers().items() if not k.startswith("_")},
+            "lora": lora if self.adapters else None,
+            "optimizer.name": engine.config.optimizer.name,
+            "optimizer.ema_decay": engine.config.optimizer.ema_decay is not None,
+            "references": trainer.reference.kinds,
+            "initial model": initial,
+        }
 
     def sharded(self, loading: bool) -> dict[str, Any]:
         """By chunk: two chunks of a rank have copies of the timestep's embedder under one name."""
         trainer = self.trainer
         state: dict[str, Any] = {
-            "policy": self._shards(),
+            "policy": self._policy(),
             "optimizer": trainer.optimizer.sharded_state_dict(self._shards(), is_loading=loading),
         }
         if trainer.reference.moving is not None:
@@ -45,6 +62,13 @@ class TrainState:
         if trainer.ema is not None:
             state["ema"] = _with_data(self._shards(), trainer.ema.state_dict(), "ema")
         return state
+
+    def _policy(self) -> dict[str, Any]:
+        """Of a run with adapters, the adapters."""
+        shards = self._shards()
+        if not self.adapters:
+            return shards
+        return {chunk: {n: s for n, s in found.items() if is_adapter(n)} for chunk, found in shards.items()}
 
     def _shards(self) -> dict[str, Any]:
         return {str(number): chunk.sharded_state_dict() for number, chunk in enumerate(self.trainer.engine.chunks)}
@@ -59,9 +83,7 @@ class TrainState:
             "controller": trainer.controller.state_dict(),
             "guard": trainer.guard.state_dict(),
             "cursor": trainer.cursor.state_dict(),
-            "references": trainer.reference.kinds,
-            "initial_model": trainer.reference.checksums.get("fixed"),
-            "optimizer": trainer.engine.config.optimizer.name,
+            "identity": self.identity,
             "world_size": trainer.engine.groups.world_size,
         }
 
@@ -81,9 +103,8 @@ class TrainState:
         if source is None:
             raise UserError(f"training.resume=yes: {directory} holds no checkpoint: set it to no, or to auto")
         checkpoint, plain = opened(source)
-        initial = self.trainer.reference.checksums.get("fixed")
         with on_all_ranks():
-            self._check(source, checkpoint, plain, initial)
+            self._check(source, checkpoint, plain)
         trainer, state = self.trainer, self.sharded(loading=True)
         if plain["world_size"] == trainer.engine.groups.world_size:
             state["random"] = random_state.sharded()
@@ -92,7 +113,7 @@ class TrainState:
         except CheckpointException as failure:
             raise first_failure(source, failure) from failure
         for number, chunk in enumerate(trainer.engine.chunks):
-            chunk.load_state_dict(loaded["policy"][str(number)])
+            chunk.load_state_dict(loaded["policy"][str(number)], strict=not self.adapters)
         trainer.optimizer.load_state_dict(loaded["optimizer"])
         if trainer.reference.moving is not None:
             trainer.reference.moving.load_state_dict(loaded["anchor"])
@@ -106,29 +127,35 @@ class TrainState:
         if "random" in loaded:
             random_state.restore(loaded["random"])
 
-    def _check(self, source: Path, checkpoint: MegatronDirectory, plain: dict[str, Any], initial: str | None) -> None:
-        config, reference = self.trainer.engine.config, self.trainer.reference
+    def _check(self, source: Path, checkpoint: MegatronDirectory, plain: dict[str, Any]) -> None:
+        config = self.trainer.engine.config
         if plain.get("version") != VERSION:
             raise UserError(
                 f"{source / 'state.json'}: version {plain.get('version')}, this program reads {VERSION}: go on with "
                 "the one that wrote it"
             )
-        checkpoint.check(KeyMap.from_config(self.trainer.engine.model_config.to_diffusers()).shapes("ours"))
-        if plain["references"] != reference.kinds:
+        theirs, ours = plain["identity"], self.identity
+        for key in (k for k in ours["model"] if theirs["model"].get(k) != ours["model"][k]):
+            raise UserError(
+                f"model.pretrained={config.model.pretrained}: {source} is of another model, with {key} "
+                f"{theirs['model'].get(key)} where this one has {ours['model'][key]}: name its own, or start anew"
+            )
+        if theirs["references"] != ours["references"]:
             raise UserError(
                 f"kl.strategy={config.kl.strategy}: {source} was saved with the position references "
-                f"{_listed(plain['references'])}, this run's are {_listed(reference.kinds)}: keep them, or start anew"
+                f"{_listed(theirs['references'])}, this run's are {_listed(ours['references'])}: keep them, or start "
+                "anew"
             )
-        if plain["optimizer"] != config.optimizer.name:
+        for key in ("lora", "optimizer.name", "optimizer.ema_decay"):
+            if theirs[key] != ours[key]:
+                raise UserError(f"{key}={ours[key]}: {source} was saved with {theirs[key]}: keep it, or start anew")
+        if theirs["initial model"] != ours["initial model"]:
             raise UserError(
-                f"optimizer.name={config.optimizer.name}: {source} was saved by {plain['optimizer']}, whose state is "
-                "another: keep it, or start anew"
+                f"model.weights={config.model.weights}: is not the model that {source} began with (checksum "
+                f"{ours['initial model']}, was {theirs['initial model']}): restore it"
             )
-        if plain["initial_model"] != initial:
-            raise UserError(
-                f"model.weights={config.model.weights}: is not the model that {source} began with (checksum {initial}, "
-                f"was {plain['initial_model']}): the fixed reference would be another; restore it"
-            )
+        if not self.adapters:
+            checkpoint.check(KeyMap.from_config(self.trainer.engine.model_config.to_diffusers()).shapes("ours"))
 
 
 def _listed(references: dict[str, str]) -> str:
