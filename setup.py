@@ -41,6 +41,7 @@ EXTRAS = {
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",
         "hypothesis>=6.150,<7",
+        "peft>=0.21,<0.22",  # the judge of the adapters
         "ruff>=0.17,<0.18",
         "mypy>=2.4,<3",
         "types-PyYAML>=6,<7",

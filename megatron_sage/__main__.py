@@ -1,6 +1,7 @@
 """Command line: `megatron-sage COMMAND ...`, also `python -m megatron_sage`, alone or under torchrun.
 
-Bad input ends in one line and exit status 2; anything else keeps its traceback, for it is a fault of the program.
+Bad input ends in one line and exit status 2; a run that a signal stopped after saving in 75; anything else keeps its
+traceback, for it is a fault of the program.
 Every command is imported only when it runs: importing torch takes seconds, `--help` should not.
 """
 
@@ -13,7 +14,7 @@ import warnings
 from typing import NoReturn
 
 from megatron_sage import __version__
-from megatron_sage.errors import UserError
+from megatron_sage.errors import USER_ERROR, OutOfMemory, UserError
 
 # command: (module whose main(argv) runs it, what it does)
 COMMANDS = {
@@ -122,11 +123,12 @@ def _report(error: UserError) -> int:
     started = distributed is not None and distributed.is_available() and distributed.is_initialized()
     if local_rank == "0" or started:
         prefix = "error" if rank == "0" else f"error (rank {rank})"
-        print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        text = str(error) if isinstance(error, OutOfMemory) else " ".join(str(error).split())
+        print(f"{prefix}: {text}", file=sys.stderr, flush=True)
     else:
         # torchrun ends all processes as soon as one fails: a silent one that is faster would take the line with it.
         time.sleep(_SILENT_SECONDS)
-    return 2
+    return USER_ERROR
 
 
 if __name__ == "__main__":

@@ -212,8 +212,9 @@ def _choices() -> Iterator[Finding]:
     gpu = torch.cuda.is_available()
     yield Finding(section, "device", "ok", "GPU, NCCL" if gpu else "CPU, gloo")
     importlib.import_module("megatron_sage.parallel")  # megatron.core can be imported only behind it
-    adam = importlib.import_module("megatron.core.optimizer").Adam
-    yield Finding(section, "optimizer", "ok", f"{adam.__module__.partition('.')[0]}'s {adam.__name__}")
+    optimizer = importlib.import_module("megatron_sage.training.optimizer")
+    host = "DeepSpeed's CPU Adam or torch's AdamW" if importlib.util.find_spec("deepspeed") else "torch's AdamW"
+    yield Finding(section, "optimizer", "ok", f"{optimizer.adam_implementation()}; offloaded: {host}")
     kernels = "flash, cuDNN or efficient kernels by shape" if gpu else "CPU kernels"
     yield Finding(section, "attention", "ok", f"torch scaled_dot_product_attention ({kernels})")
     yield _fp8()

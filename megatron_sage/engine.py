@@ -1,7 +1,7 @@
 """Everything a run needs, built once: groups, policy, prompts with their text, codec, reward, step table."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ from megatron_sage.grpo.schedule import shifted_sigmas
 from megatron_sage.grpo.sde import StepCoefficients, is_normalized, step_coefficients
 from megatron_sage.grpo.window import window_steps, windowed
 from megatron_sage.model.config import HunyuanVideoConfig
+from megatron_sage.model.lora import add_adapters
+from megatron_sage.model.lora_targets import AdapterSettings
 from megatron_sage.model.precision import Quantisation
 from megatron_sage.model.transformer import HunyuanVideoDiT, TextCondition, build_chunks
 from megatron_sage.parallel import groups as process_groups
+from megatron_sage.parallel.control import Control
 from megatron_sage.parallel.device import device
 from megatron_sage.parallel.groups import Groups
 from megatron_sage.rollout.policy import Network, Prompt, VideoShape
@@ -45,6 +48,7 @@ class Engine:
     device: torch.device
     shape: VideoShape
     token_group: dist.ProcessGroup | None  # over which video tokens are split; None: every rank holds all
+    control: Control = field(default_factory=Control)  # where this rank is; `train` puts one here that can stop it
 
     @property
     def model_config(self) -> HunyuanVideoConfig:
@@ -59,7 +63,9 @@ class Engine:
     def network(self, guidance: float | None = None) -> Network:
         """The policy with the run's guidance, or another."""
         scale = self.config.sampler.guidance_scale if guidance is None else guidance
-        return Network(self.chunks, self.shape, scale, self.device)
+        network = Network(self.chunks, self.shape, scale, self.device)
+        network.control = self.control
+        return network
 
     def rollout_network(self) -> Network:
         """The policy as the rollout runs it."""
@@ -85,6 +91,11 @@ class Engine:
             chunk.train()
 
 
+def collective_timeout(config: Config) -> int:
+    """Seconds that a collective may wait: long enough for the watchdog to report a stall before it fails."""
+    return max(1800, int(2 * (config.training.stall_seconds or 0)))
+
+
 def initialize_groups(config: Config) -> Groups:
     """The process groups of the configured layout."""
     layout = config.parallel
@@ -93,6 +104,7 @@ def initialize_groups(config: Config) -> Groups:
         layout.context,
         layout.pipeline,
         config.seed,
+        collective_timeout(config),
         virtual_pipeline=chunks_of_stage(layout),
         hierarchical_context=layout.hierarchical_context,
     )
@@ -152,10 +164,18 @@ def build_engine(config: Config, groups: Groups) -> Engine:
     chunks = build_chunks(settings, groups.collection)
     assert config.model.weights is not None  # validated
     load_weights(chunks, config.model.weights)
+    if config.lora.rank is not None:
+        add_adapters(chunks, adapter_settings(config, config.lora.rank))
     video = config.video
     grid = ((video.frames - 1) // TEMPORAL + 1, video.height // SPATIAL, video.width // SPATIAL)
     shape = VideoShape(grid, settings.out_channels, chunks[0].image_shard(grid))
     return Engine(config, groups, chunks, settings.params_dtype, device(), shape, chunks[0].token_group)
+
+
+def adapter_settings(config: Config, rank: int) -> AdapterSettings:
+    """The adapters of `lora`; alpha null is the rank."""
+    alpha = float(rank) if config.lora.alpha is None else config.lora.alpha
+    return AdapterSettings(rank, alpha, tuple(config.lora.targets), config.seed)
 
 
 def read_transformer_config(pretrained: str) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from megatron_sage.checkpoint.hf import DEFAULT_MAX_SHARD_BYTES, HfFile, open_hf
 from megatron_sage.checkpoint.keymap import Binding, Layout
 from megatron_sage.checkpoint.progress import byte_progress
 from megatron_sage.checkpoint.safetensors_io import SafetensorsWriter, Spec, plan_files
+from megatron_sage.checkpoint.saving import lazy_tensor, save
 from megatron_sage.checkpoint.staging import on_all_ranks, process_group, staged_directory
-from megatron_sage.checkpoint.torch_dist import MegatronDirectory, lazy_tensor, open_megatron, save
+from megatron_sage.checkpoint.torch_dist import MegatronDirectory, open_megatron
 from megatron_sage.errors import UserError
 
 READ_BATCH_BYTES = 128 * 2**20

@@ -16,8 +16,11 @@ from megatron_sage.checkpoint import configs
 from megatron_sage.checkpoint.hf import DEFAULT_MAX_SHARD_BYTES, open_hf, plan_hf_files, write_hf_metadata
 from megatron_sage.checkpoint.keymap import Binding, KeyMap
 from megatron_sage.checkpoint.safetensors_io import SafetensorsWriter
+from megatron_sage.checkpoint.saving import save
 from megatron_sage.checkpoint.staging import on_all_ranks, staged_directory
-from megatron_sage.checkpoint.torch_dist import MegatronDirectory, first_failure, save
+from megatron_sage.checkpoint.torch_dist import MegatronDirectory, first_failure
+from megatron_sage.model.lora import merging
+from megatron_sage.model.lora_targets import is_adapter
 from megatron_sage.model.stages import owner
 from megatron_sage.model.transformer import HunyuanVideoDiT
 
@@ -54,8 +57,11 @@ def load_weights(model: Chunks, directory: Path | str) -> None:
 
 
 def _sharded_state_dict(model: Chunks) -> dict[str, Any]:
-    """By chunk: two chunks of a rank have copies of the timestep's embedder under one name."""
-    return {str(number): chunk.sharded_state_dict() for number, chunk in enumerate(as_chunks(model))}
+    """By chunk: two chunks of a rank have copies of the timestep's embedder under one name. Without adapters."""
+    return {
+        str(number): {name: shard for name, shard in chunk.sharded_state_dict().items() if not is_adapter(name)}
+        for number, chunk in enumerate(as_chunks(model))
+    }
 
 
 def save_weights(model: Chunks, directory: Path | str) -> None:
@@ -95,10 +101,11 @@ def export_hf(
 ) -> None:
     """Writes the weights, in the parameters' dtype, as a new directory that diffusers' `from_pretrained` loads.
 
-    Gathered tensor by tensor to rank 0. `config`: the diffusers config.json to write (default: the model's own).
+    Gathered tensor by tensor to rank 0; adapters are merged in. `config`: the diffusers config.json to write (default:
+    the model's own).
     """
     keymap = key_map(model)
-    gatherer = _Gatherer(model, lambda parameter: parameter.detach())
+    gatherer = Gatherer(model, merging(as_chunks(model)))
     dtype = as_chunks(model)[0].config.params_dtype
     dtypes = dict.fromkeys(keymap.bindings, dtype)
     files = plan_hf_files(keymap, dtypes, "diffusers", max_shard_bytes)
@@ -123,14 +130,15 @@ def gather_named(model: Chunks, which: Literal["param", "grad"]) -> Iterator[tup
     "grad": `main_grad` where Megatron's DDP keeps one, else `grad`; zeros where there is neither. The gradients must
     already be reduced (`finalize_model_grads` or `complete_gradients`).
     """
-    gatherer = _Gatherer(model, lambda parameter: _value(parameter, which).float())
+    gatherer = Gatherer(model, lambda parameter: tensor_of(parameter, which).float())
     for binding in key_map(model).bindings:
         whole = gatherer.gather(binding, torch.float32)
         for index, name in enumerate(binding.diffusers):
             yield name, whole[index] if whole else None
 
 
-def _value(parameter: Tensor, which: Literal["param", "grad"]) -> Tensor:
+def tensor_of(parameter: Tensor, which: Literal["param", "grad"]) -> Tensor:
+    """Its value, or its gradient as `gather_named` means it."""
     if which == "param":
         return parameter.detach()
     main_grad = getattr(parameter, "main_grad", None)
@@ -138,7 +146,7 @@ def _value(parameter: Tensor, which: Literal["param", "grad"]) -> Tensor:
     return torch.zeros_like(parameter) if gradient is None else gradient.detach()
 
 
-class _Gatherer:
+class Gatherer:
     """Brings one binding's tensors together on rank 0: over TP inside the stage that owns it, then over PP to rank 0.
 
     Only the replica of rank 0 takes part (of CP and DP ranks the first ones); the others hold the same.

@@ -1,149 +1,115 @@
-"""Megatron distributed checkpoints, written in this process and tensor by tensor.
-
-Megatron-core's own save strategy hands the data to forked worker processes: seconds for each save, and a copy of
-every tensor. The strategy here writes the same format (`torch_dist` version 1, which Megatron's loader reads) from the
-calling process and asks for each tensor only when its turn comes, so that a conversion holds one tensor at a time.
-"""
+"""Reading Megatron distributed checkpoints without trusting them."""
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
-from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_sage.checkpoint import configs
 from megatron_sage.checkpoint.keymap import KeyMap
 from megatron_sage.checkpoint.safetensors_io import Spec, check_specs
 from megatron_sage.errors import UserError
 
-Producer = Callable[[str], Tensor]
+BACKEND, VERSION = "torch_dist", 1
+MANIFEST = "manifest.json"  # every file with its size and checksum; written last
+# names of what a run keeps beside the policy's weights
+STATE_PREFIXES = ("optimizer.", "anchor.", "ema.", "run.")
 
 
-class StreamingWriter(FileSystemWriter):
-    """One file a rank, written item by item. The parent keeps every tensor of a file alive until the file is closed."""
+class _TableUnpickler(pickle.Unpickler):
+    """Reads DCP's table of contents, a pickle, and refuses to build anything but what such a table is made of."""
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Writes this rank's items; see `StorageWriter.write_data`."""
-        name = f"{plan.storage_data.prefix}0.distcp"
-        with (Path(self.path) / name).open("wb") as file:
-            results = [_write_item(file, name, item, planner) for item in plan.items]
-            file.flush()
-            os.fsync(file.fileno())
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
+    ALLOWED: ClassVar[dict[str, set[str]]] = {
+        "torch": {"Size", "dtype", "device"},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "collections": {"OrderedDict"},
+        "pathlib": {"PosixPath", "PurePosixPath"},
+    }
 
-
-def _write_item(file: BinaryIO, name: str, item: WriteItem, planner: SavePlanner) -> WriteResult:
-    offset = file.tell()
-    data: Any = planner.resolve_data(item)
-    if item.type == WriteItemType.BYTE_IO:
-        file.write(data.getbuffer())
-    else:
-        tensor = data.detach().cpu().contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # torch.save writes the whole storage behind a view
-        torch.save(tensor, file)
-    length = file.tell() - offset
-    return WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, offset, length))
-
-
-class _LazyPlanner(MCoreSavePlanner):
-    """Takes the data of sharded tensors from `produce(key)` instead of from the state dict."""
-
-    def __init__(self, produce: Producer | None) -> None:
-        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
-        self._produce = produce
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._produce(index.fqn) if self._produce else super().lookup_object(index)
+    def find_class(self, module: str, name: str) -> Any:
+        """Called by pickle for every name in the file."""
+        found = super().find_class(module, name) if name in self.ALLOWED.get(module, ()) else None
+        if found is None and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            found = getattr(torch, name)
+        if found is None:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint's table contains")
+        return found
 
 
-class InProcessSave(SaveShardedStrategy):
-    """Megatron save strategy without worker processes.
+class TableReader(CachedMetadataFileSystemReader):
+    """DCP's reader, but for the table of contents, which it unpickles whatever is in it."""
 
-    `produce`: gives the data of a key when it is written; the sharded tensors may then be on the meta device.
-    """
+    _table: Metadata | None = None
 
-    def __init__(self, produce: Producer | None = None) -> None:
-        super().__init__("torch_dist", 1)
-        self._produce = produce
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """Sharded objects (optimizer scalars, random states) are written with the tensors."""
-        return True
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Writes the main replicas of this rank. All ranks call."""
-        by_key: dict[str, list[ShardedBase]] = {}
-        for item in nested_values(sharded_state_dict):
-            if is_main_replica(item.replica_id):
-                key = item.unique_key if isinstance(item, ShardedObject) else item.key
-                by_key.setdefault(key, []).append(item)
-        dcp.save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=StreamingWriter(checkpoint_dir),
-            planner=_LazyPlanner(self._produce),
-        )
-
-
-def save(sharded_state_dict: dict[str, Any], directory: Path, produce: Producer | None = None) -> None:
-    """`megatron.core.dist_checkpointing.save` through `InProcessSave`, into an existing directory. All ranks call.
-
-    Use it for any sharded state dict, an optimizer's included. Raises UserError with the first rank's failure.
-    """
-    try:
-        dist_checkpointing.save(sharded_state_dict, str(directory), InProcessSave(produce))
-    except CheckpointException as failure:
-        raise first_failure(directory, failure) from failure
-
-
-def lazy_tensor(key: str, spec: Spec) -> ShardedTensor:
-    """A whole tensor without data, for `save(..., produce=...)`."""
-    return ShardedTensor.from_rank_offsets(key, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
+    def read_metadata(self) -> Metadata:
+        """The table; UserError where it is none."""
+        if self._table is None:
+            path = Path(self.path) / ".metadata"
+            try:
+                with path.open("rb") as file:
+                    table = _TableUnpickler(file).load()
+                assert isinstance(table, Metadata)
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}; a Megatron checkpoint has this file") from error
+            except (
+                EOFError,
+                pickle.UnpicklingError,
+                AttributeError,
+                ImportError,
+                IndexError,
+                AssertionError,
+                TypeError,
+                ValueError,
+                KeyError,
+                UnicodeDecodeError,
+                MemoryError,
+            ) as error:
+                raise UserError(f"{path}: unreadable ({error}); restore the file or use another checkpoint") from error
+            self._table = table
+        return self._table
 
 
 class MegatronDirectory:
     """The tensors of a Megatron distributed checkpoint; metadata is read and checked on construction, data on demand.
 
-    `specs`: name -> Spec of the whole tensor; optimizer state (`optimizer.*`) is left out. Raises UserError for what is
-    not a complete checkpoint.
+    `specs`: name -> Spec of the whole tensor; a run's state beside the weights is left out. Raises UserError for what
+    is not a complete checkpoint.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         _check_format(directory)
-        self._reader = CachedMetadataFileSystemReader(directory)
-        try:
-            metadata = self._reader.read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, IndexError) as error:
-            raise UserError(f"{directory / '.metadata'}: unreadable ({error})") from error
+        self._reader = TableReader(directory)
+        metadata = self._reader.read_metadata()
         self._check_files(metadata.storage_data)
+        self._screen_objects(metadata)
         self.specs = {
             name: Spec(entry.properties.dtype, tuple(entry.size))
             for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith(STATE_PREFIXES)
         }
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
@@ -160,6 +126,16 @@ class MegatronDirectory:
             except CheckpointException as failure:
                 raise first_failure(self.directory, failure) from failure
         return tensors
+
+    def _screen_objects(self, metadata: Metadata) -> None:
+        """Objects that are no tensors are unpickled by DCP as they are: only plain ones pass."""
+        for index, info in metadata.storage_data.items():
+            if isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+                continue
+            with (self.directory / info.relative_path).open("rb") as file:
+                file.seek(info.offset)
+                content = io.BytesIO(file.read(info.length))
+            screen(content, f"{self.directory / info.relative_path}: object {index.fqn!r}")
 
     def _check_files(self, storage_data: dict[Any, Any]) -> None:
         ends: dict[str, tuple[int, str]] = {}
@@ -184,6 +160,15 @@ def open_megatron(source: Path) -> tuple[MegatronDirectory, dict[str, Any], KeyM
     return checkpoint, config, keymap
 
 
+def screen(file: Path | BinaryIO, name: str) -> Any:
+    """What a file of torch.save holds if it is plain data; UserError where it would run code or is broken."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken zip or pickle raises; said, not swallowed
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{name}: not plain data, or damaged ({reason}); use another checkpoint") from error
+
+
 def _check_format(directory: Path) -> None:
     path = directory / "metadata.json"
     try:
@@ -193,7 +178,7 @@ def _check_format(directory: Path) -> None:
         raise UserError(f"{path}: {error.strerror}; a Megatron checkpoint has this file") from error
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: not the metadata of a Megatron checkpoint ({error})") from error
-    if backend != "torch_dist":
+    if backend != BACKEND:
         raise UserError(f"{path}: sharded_backend is {backend!r}; only 'torch_dist' checkpoints are read")
 
 

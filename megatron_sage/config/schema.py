@@ -237,9 +237,15 @@ def lambda_max(kl: KlConfig) -> float:
     return LAMBDA_MAX[kl.schedule] if kl.lambda_max is None else kl.lambda_max
 
 
-def position_reference(kl: KlConfig) -> str | None:
-    """What the position KL is measured against: "fixed", "moving", or None where the strategy has no such term."""
-    return kl.position if kl.strategy == "dual" else {"fixed": "fixed", "moving": "moving"}.get(kl.strategy)
+def position_references(kl: KlConfig) -> dict[str, str]:
+    """What position KLs are measured against: "position" -> "fixed" or "moving", and "initial" -> "fixed" beside it.
+
+    Empty where the strategy has no such term.
+    """
+    kind = kl.position if kl.strategy == "dual" else kl.strategy
+    if kind == "both":
+        return {"position": "moving", "initial": "fixed"}
+    return {"position": kind} if kind in ("fixed", "moving") else {}
 
 
 # Megatron's command-line names for the same quantities, so that habits and existing launch scripts carry over.

@@ -3,6 +3,7 @@
 import importlib.util
 from typing import Any
 
+from megatron_sage.config.loading import nearest
 from megatron_sage.config.schema import Config
 from megatron_sage.errors import UserError
 
@@ -70,10 +71,73 @@ def fp8_obstacle_of_device(recipe: str, capability: tuple[int, int], cuda: str) 
 
 def check_optimizer(config: Config) -> None:
     """Which optimizers go together with which placement of their state."""
+    optimizer = config.optimizer
+    if optimizer.name == "muon":
+        if optimizer.distributed:
+            _refuse("optimizer.distributed", True, "splits matrices, which optimizer.name=muon needs whole: set false")
+        if optimizer.offload != "none":
+            _refuse("optimizer.offload", optimizer.offload, "is for AdamW: set none, or optimizer.name=adamw")
+        if config.lora.rank is not None:
+            _refuse("optimizer.name", "muon", "trains the blocks' matrices, which lora.rank freezes: set adamw")
+    if optimizer.offload != "none" and not optimizer.distributed:
+        _refuse("optimizer.offload", optimizer.offload, "works on distributed shards: set optimizer.distributed=true")
+    if optimizer.offload_fraction != 1 and optimizer.offload != "hybrid":
+        _refuse("optimizer.offload_fraction", optimizer.offload_fraction, "is of optimizer.offload=hybrid: set 1")
+    if optimizer.offload == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        cure = "pip install 'megatron-sage[deepspeed]', or set hybrid"
+        _refuse("optimizer.offload", "deepspeed", f"the package deepspeed is not installed: {cure}")
 
 
 def check_lora(config: Config) -> None:
-    """Targets by name; adapters exclude what would train or move the base."""
+    """Targets by name; settings that would have no effect."""
+    lora = config.lora
+    if lora.rank is None:
+        if lora.alpha is not None:
+            _refuse("lora.alpha", lora.alpha, "has no effect without adapters; set lora.rank")
+        return
+    from megatron_sage.model.lora_targets import TARGETS  # imports Megatron: only where it is needed
+
+    if not lora.targets:
+        _refuse("lora.targets", "[]", f"must name at least one linear layer; choose from {', '.join(TARGETS)}")
+    for number, target in enumerate(lora.targets):
+        if target not in TARGETS:
+            match = nearest(target.removeprefix("attn."), TARGETS)
+            cure = f"did you mean {match}? " if match else ""
+            _refuse(f"lora.targets[{number}]", target, f"no such layer; {cure}choose from {', '.join(TARGETS)}")
+        if target in lora.targets[:number]:
+            _refuse(f"lora.targets[{number}]", target, "is named twice; leave one out")
+
+
+def check_lora_sizes(config: Config, transformer: dict[str, Any]) -> None:
+    """The rank against the model's sizes, and that every pipeline stage has something to train.
+
+    `transformer`: the model's config.json. A stage without a trained parameter has no optimizer; before the first
+    adapter there is no gradient for Megatron's schedule to send back.
+    """
+    lora, parallel = config.lora, config.parallel
+    if lora.rank is None:
+        return
+    from megatron_sage.model.config import HunyuanVideoConfig
+    from megatron_sage.model.lora_targets import AdapterSettings, linear_sizes
+
+    model = HunyuanVideoConfig.from_diffusers(
+        transformer,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        pipeline_layout=parallel.pipeline_layout,
+    )
+    for target in lora.targets:
+        sizes = linear_sizes(target, model.hidden_size, model.ffn_hidden_size)
+        if lora.rank > min(sizes):
+            rule = f"must be <= {min(sizes)}, the smaller size of {target} ({sizes[0]} to {sizes[1]} channels)"
+            _refuse("lora.rank", lora.rank, rule)
+    settings, last = AdapterSettings(lora.rank, 1.0, tuple(lora.targets)), model.num_layers - 1
+    for rank, chunks in enumerate(model.stage_blocks):
+        trained = [any(settings.in_block(index == last) for index in blocks) for blocks in chunks]
+        if not any(trained) or (rank == 0 and not trained[0]):
+            where = f"pipeline stage {rank}" if parallel.pipeline > 1 else "the model"
+            rule = f"leaves {where} without a trained adapter (nothing reads the last block's text output)"
+            _refuse("lora.targets", lora.targets, f"{rule}; add to_q, or give the stage another block")
 
 
 def check_state(config: Config) -> None:

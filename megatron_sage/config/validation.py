@@ -16,7 +16,14 @@ from typing import Any
 from megatron_sage.config.layout import check_model_layout, check_schedule, check_world
 from megatron_sage.config.loading import bind, nearest
 from megatron_sage.config.schema import Config, lambda_max
-from megatron_sage.config.state_rules import check_fp8_blocks, check_lora, check_optimizer, check_precision, check_state
+from megatron_sage.config.state_rules import (
+    check_fp8_blocks,
+    check_lora,
+    check_lora_sizes,
+    check_optimizer,
+    check_precision,
+    check_state,
+)
 from megatron_sage.errors import UserError
 
 ARCHITECTURE = "HunyuanVideo15Transformer3DModel"
@@ -247,6 +254,7 @@ def _check_architecture(config: Config, path: Path) -> None:
             raise UserError(f"{path}: {key}={value}: expects a whole number >= 1")
     check_model_layout(config.parallel, *sizes)
     check_fp8_blocks(config, sizes[1])
+    check_lora_sizes(config, content)
 
 
 def _check_prompts(key: str, path: str) -> None:

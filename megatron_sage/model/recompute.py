@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from megatron.core.tensor_parallel import checkpoint
 
 from megatron_sage.model.config import HunyuanVideoConfig
@@ -13,10 +14,16 @@ def run(recompute: bool, function: Callable[..., Any], *args: torch.Tensor) -> A
     """`function(*args)`, through Megatron's activation checkpoint where `recompute` is set and a gradient is wanted.
 
     Whatever the gradient has to reach must be among `args` or a module's parameter: the closure holds constants only.
+
+    Megatron's checkpoint gives parameters no gradient, and says nothing, where no input wants one: so it is with the
+    first block of a frozen model that has adapters. There torch's non-reentrant one does the same. It restores no
+    random state of Megatron's tracker, of which nothing in this model, without dropout, draws.
     """
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(function, False, *args)
-    return function(*args)
+    if not recompute or not torch.is_grad_enabled():
+        return function(*args)
+    if not any(argument.requires_grad for argument in args):
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, False, *args)
 
 
 def selective_modules(config: HunyuanVideoConfig) -> frozenset[str]:

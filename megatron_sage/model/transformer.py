@@ -62,6 +62,7 @@ class HunyuanVideoDiT(MegatronModule):
         self.post_process = self.virtual_stage == len(stages) * len(stages[0]) - 1
         self.share_embeddings_and_output_weights = False  # Megatron asks where there is more than one stage
         self.input_tensor: torch.Tensor | None = None
+        self.lora: Any = None  # its AdapterSettings once `lora.add_adapters` gave it adapters
         self.time_embed = TimeEmbedding(config.hidden_size, config.use_meanflow)
         if self.pre_process:
             self.x_embedder = PatchEmbedding(config)

@@ -88,6 +88,9 @@ class _NullStream:
     def __getattr__(self, name: str) -> Callable[..., None]:
         return _do_nothing()
 
+    def record_event(self, event: Any = None) -> "_NullEvent":
+        return event or _NullEvent()
+
 
 class _NullEvent(_NullStream):
     """Stands for torch.cuda.Event."""
@@ -145,6 +148,10 @@ def _silence_advice_for_gpus() -> None:
     warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
     warnings.filterwarnings(
         "ignore", message=".*environment variable CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning
+    )
+    # the optimizers look at shards, which are views, for gradients that they put there themselves
+    warnings.filterwarnings(
+        "ignore", message="The .grad attribute of a Tensor that is not a leaf", category=UserWarning
     )
     # torch 2.13 renames the collectives that megatron-core 0.16 calls
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)

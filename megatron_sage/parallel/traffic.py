@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_sage.parallel.control import DESCRIPTION
 from megatron_sage.parallel.groups import Groups
 
 
@@ -45,6 +46,7 @@ class CollectiveCounter(TorchDispatchMode):
         super().__init__()
         self.bytes: Counter[tuple[str, str]] = Counter()
         self.calls: Counter[tuple[str, str]] = Counter()
+        self.control = 0  # agreements on a stop: an int32 over gloo each, of no payload; not among the bytes
         collection = groups.collection
         named = {
             "world": dist.group.WORLD,
@@ -71,6 +73,9 @@ class CollectiveCounter(TorchDispatchMode):
         handle = next(arg for arg in args if isinstance(arg, torch.ScriptObject))  # the group comes first
         group = dist.ProcessGroup.unbox(handle)
         if group.size() == 1:
+            return
+        if group.group_desc == DESCRIPTION:
+            self.control += 1
             return
         name, payload = _OPERATIONS[operation]
         key = name, self._names.get(group.group_name, group.group_name)

@@ -115,7 +115,7 @@ def update(place: Place, pairs: int) -> Traffic:
     if replicas > 1:
         total["all_reduce", "dp_cp"] += 4  # the number of pairs, int32
     if len(stages) > 1:
-        total["broadcast", "pp"] += 4 + pairs * 9 * SCALAR
+        total["broadcast", "pp"] += 4 + pairs * 10 * SCALAR
     return _counted(total)
 
 

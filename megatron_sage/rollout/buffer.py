@@ -66,7 +66,7 @@ class MicroTrajectory:
     latents_SBC: Kept = field(default_factory=Kept)  # around trained steps, and N; first and last stage
     log_prob_B: dict[int, torch.Tensor] = field(default_factory=dict)  # trained step -> float64 [B]; every stage
     velocity_SBC: Kept = field(default_factory=Kept)  # of the rollout's policy; last stage
-    reference_SBC: Kept = field(default_factory=Kept)  # of the position reference; last stage
+    reference_SBC: dict[str, Kept] = field(default_factory=dict)  # velocities of each reference; last stage
     advantage_B: torch.Tensor | None = None  # float64 [B]
     trained_B: torch.Tensor | None = None  # bool [B]; False: non-finite reward, no gradient
 
@@ -79,6 +79,6 @@ class MicroTrajectory:
         self.trained_B = trained_B
         if bool(trained_B.all()):
             return
-        for kept in (self.latents_SBC, self.velocity_SBC, self.reference_SBC):
+        for kept in (self.latents_SBC, self.velocity_SBC, *self.reference_SBC.values()):
             kept.change(lambda x: torch.where(trained_B[None, :, None], x, 0.0))
         self.log_prob_B = {i: torch.where(trained_B, p, 0.0) for i, p in self.log_prob_B.items()}

@@ -17,6 +17,8 @@ from megatron_sage.rollout.transitions import StepTable, transition_log_prob
 class ForwardPass(ABC):
     """Forwards of both branches of a micro-batch; what is done with their velocities is the subclass's part."""
 
+    reads_reference = False
+
     def __init__(self, network: Network, table: StepTable, trajectories: Sequence[MicroTrajectory]) -> None:
         """`trajectories`: of each flight of the plan."""
         self.network, self.table, self.trajectories = network, table, trajectories
@@ -31,6 +33,8 @@ class ForwardPass(ABC):
         """Of all branches, on the last stage."""
 
     def forward(self, task: Task, packed: torch.Tensor | None) -> torch.Tensor:
+        if not self.network.control.micro_step(self.reads_reference):
+            return self.packed_like(task).zero_()  # the schedule goes on, what it computes will be dropped
         trajectory = self.trajectories[task.flight]
         x_SBC, step = self.inputs(task)
         sigma, batch = self.table.sigmas[step], len(trajectory.samples)
@@ -178,9 +182,13 @@ class Recording(Denoising):
 class References(ForwardPass):
     """A reference's velocities at given (trajectory, step) pairs, in any order: each pair is a flight of one step."""
 
-    def __init__(self, network: Network, table: StepTable, pairs: Sequence[tuple[MicroTrajectory, int]]) -> None:
+    reads_reference = True
+
+    def __init__(
+        self, network: Network, table: StepTable, pairs: Sequence[tuple[MicroTrajectory, int]], name: str
+    ) -> None:
         super().__init__(network, table, [trajectory for trajectory, _ in pairs])
-        self.steps = [step for _, step in pairs]
+        self.steps, self.name = [step for _, step in pairs], name
 
     def inputs(self, task: Task) -> tuple[torch.Tensor | None, int]:
         step = self.steps[task.flight]
@@ -188,7 +196,8 @@ class References(ForwardPass):
         return self.trajectories[task.flight].latents_SBC[step] if starts else None, step
 
     def finish(self, task: Task, velocities: list[torch.Tensor]) -> None:
-        self.trajectories[task.flight].reference_SBC[self.steps[task.flight]] = self.network.guided(velocities)
+        kept = self.trajectories[task.flight].reference_SBC[self.name]
+        kept[self.steps[task.flight]] = self.network.guided(velocities)
 
 
 def run(work: ForwardPass, steps: int, chained: bool) -> Occupancy:

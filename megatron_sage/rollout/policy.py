@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_sage.model.transformer import HunyuanVideoDiT, TextCondition
+from megatron_sage.parallel.control import Control
 from megatron_sage.parallel.sequence import TokenShard, pad_tokens
 
 
@@ -54,6 +55,8 @@ class Network:
     The two branches of guidance are forwards of their own because their texts have different lengths: padding one of
     them would bring back the mask that this model does without.
     """
+
+    control = Control()  # every forward of a phase asks it first; this one never stops
 
     def __init__(
         self, chunks: Sequence[HunyuanVideoDiT], shape: VideoShape, guidance: float, device: torch.device

@@ -53,6 +53,8 @@ def rollout(
 ) -> tuple[list[MicroTrajectory], Occupancy]:
     """Denoise all flights, each from its own noise, and keep this rank's shard of what is trained on.
 
+    All ranks of the run call: where one of them has got a stop signal they raise Stopped together.
+
     Args:
         keep_velocity: keep the policy's velocities too.
         conditional: log-probabilities (and velocities) of the conditional branch alone, whatever the guidance that
@@ -71,13 +73,13 @@ def rollout(
             f.prompt,
             latents_SBC=Kept(dtype, offload),
             velocity_SBC=Kept(offload=offload),
-            reference_SBC=Kept(offload=offload),
         )
         for f in flights
     ]
     noise_of = partial(_noise, network.shape, seed, noise.ROLLOUT, network.device)
     work = Recording(network, table, trajectories, noise_of, on_step, token_group, keep_velocity, conditional)
     occupancy = run(work, len(table.std), chained=True)
+    network.control.end_phase()
     _share_log_probs(network, table, trajectories)
     return trajectories, occupancy
 
@@ -114,16 +116,21 @@ def reference_velocities(
     table: StepTable,
     trajectories: Sequence[MicroTrajectory],
     pairs: Sequence[tuple[int, int]] | None = None,
+    name: str = "position",
 ) -> Occupancy:
-    """Fill in the reference's velocity at the same micro-batch shape as the rollout.
+    """Fill in `reference_SBC[name]`, a reference's velocities, at the same micro-batch shape as the rollout.
 
     `pairs`: (number of the trajectory, step); None: every trained step of every trajectory.
     """
+    for trajectory in trajectories:
+        trajectory.reference_SBC.setdefault(name, Kept(offload=trajectory.velocity_SBC.offload))
     if pairs is None:
         pairs = [(number, step) for step in table.trained_steps for number in range(len(trajectories))]
-    work = References(network, table, [(trajectories[number], step) for number, step in pairs])
+    work = References(network, table, [(trajectories[number], step) for number, step in pairs], name)
     with Quantisation(network.chunks).other_weights():
-        return run(work, 1, chained=False)
+        occupancy = run(work, 1, chained=False)
+    network.control.end_phase()
+    return occupancy
 
 
 def _noise(

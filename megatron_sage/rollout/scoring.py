@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sage.conditioning.codec import NonFiniteVideoError, VideoCodec
+from megatron_sage.parallel.control import Control
 from megatron_sage.parallel.sequence import gather
 from megatron_sage.rewards.protocol import Reward
 from megatron_sage.rollout.policy import VideoShape
@@ -41,18 +42,24 @@ def score(
     token_group: dist.ProcessGroup | None,
     replica_group: dist.ProcessGroup,
     on_video: Callable[[], None] = lambda: None,
+    control: Control | None = None,
 ) -> Scores:
     """Decode and score videos; `latents` are micro-batches [S, B, C] whose samples are the videos in order.
 
     Video j belongs to rank j modulo the size of `replica_group` (the ranks that hold one model): nobody waits while
     one rank decodes everything. Scores travel as float64 sums in which all ranks but the owner add zero.
+    A run that is being stopped skips what is left, micro-batch by micro-batch: the caller drops the scores then.
     """
     begin = time.perf_counter()
+    control = control or Control()
     ranks, rank = replica_group.size(), replica_group.rank()
     videos: dict[int, np.ndarray] = {}
     broken: list[int] = []
     number = 0
     for x_SBC in latents:
+        if not control.micro_step():
+            number += x_SBC.shape[1]
+            continue
         for video in whole_latents(x_SBC, shape, token_group):
             if number % ranks == rank:
                 try:
@@ -65,7 +72,8 @@ def score(
     mine = sorted(videos)
     table = np.zeros((len(reward.dimensions), number))
     table[:, broken] = np.nan
-    if mine:
+    control.enter("reward")
+    if mine and not control.signal:
         found = reward([videos[j] for j in mine], [prompts[j] for j in mine], fps)
         for row, name in enumerate(reward.dimensions):
             table[row, mine] = found[name]

@@ -31,7 +31,7 @@ def execute(run: Run, config: Config) -> dict[str, Any]:
     """Train one run from the given weights, evaluate before and after: what goes into the study's tables."""
     begin = time.perf_counter()
     engine = build_engine(config, initialize_groups(config))
-    ddp = wrap(engine.chunks, engine.groups)
+    ddp = wrap(engine.chunks, engine.groups, config.optimizer.distributed)
     optimizer = build_optimizer(config, ddp, engine.dtype)
     texts = read_prompts(config.data.prompts)
     assert config.evaluation.prompts is not None

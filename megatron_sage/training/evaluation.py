@@ -30,7 +30,9 @@ def evaluate(
 ) -> None:
     """Score held-out samples, write clips and `evaluation.json` in the run. All ranks call."""
     config, groups = engine.config, engine.groups
+    engine.control.enter("evaluate")
     rows, videos = held_out(label, engine, prompts, codec, reward, reporter)
+    engine.control.end_phase()  # before anything is recorded: a replica that was stopped has no scores
     _write_clips(label, engine, videos, len(prompts))
     everyone: list[Any] = [None] * groups.dp_size
     torch.distributed.all_gather_object(everyone, rows, group=groups.dp)
@@ -65,7 +67,17 @@ def held_out(
             engine.network(), table, flights, seed=config.seed, stream=noise.EVALUATION, on_step=tick
         )
     texts = [prompts[number].text for number in mine for _ in samples]
-    scores = score(latents, texts, engine.shape, codec, reward, config.video.fps, engine.token_group, groups.replica)
+    scores = score(
+        latents,
+        texts,
+        engine.shape,
+        codec,
+        reward,
+        config.video.fps,
+        engine.token_group,
+        groups.replica,
+        control=engine.control,
+    )
     rewards = weighted(scores.dimensions, config.reward.weights)
     numbers = [number * len(samples) + sample for number in mine for sample in samples]
     rows = [

@@ -1,4 +1,4 @@
-"""metrics.jsonl, and a picture of the machine and versions of a run."""
+"""Files of one line an iteration (metrics.jsonl, references.jsonl); a picture of the machine and versions of a run."""
 
 import json
 import os
@@ -15,14 +15,18 @@ PACKAGES = ("megatron-core", "torch", "diffusers", "transformers", "safetensors"
 class MetricsLog:
     """One JSON object an iteration; written by rank 0 alone."""
 
-    def __init__(self, directory: Path, active: bool, keep_below: int = 0) -> None:
+    def __init__(self, file: Path, active: bool, keep_below: int = 0) -> None:
         """`keep_below`: lines of iterations before this one stay (a resumed run), later ones go."""
-        self._file = directory / "metrics.jsonl" if active else None
+        self._file = file if active else None
         if self._file is None:
             return
-        kept = self._file.read_text().splitlines() if self._file.exists() else []
-        kept = [line for line in kept if line and json.loads(line)["iteration"] < keep_below]
-        self._file.write_text("".join(line + "\n" for line in kept))
+        lines = self._file.read_text().split("\n")[:-1] if self._file.exists() else []
+        # by a name of its own first: a run that is killed now must not lose its history. What follows the last end of
+        # line was torn by a kill, and is of an iteration that is done again.
+        kept = [line for line in lines if json.loads(line)["iteration"] < keep_below]
+        fresh = self._file.with_suffix(".tmp")
+        fresh.write_text("".join(line + "\n" for line in kept))
+        fresh.replace(self._file)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one iteration."""

@@ -10,6 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_sage.engine import Engine
 from megatron_sage.grpo.order import batch_pairs
+from megatron_sage.model.transformer import HunyuanVideoDiT
 from megatron_sage.rollout.buffer import MicroTrajectory
 from megatron_sage.training.loss import Objective, PairStatistics, share_statistics
 
@@ -47,7 +48,7 @@ class Replay:
         `tick` is called with the number of pairs done. A batch has one noise level for each sample: every sample's
         modulation and text refinement are computed with its own timestep.
         """
-        engine, groups = self.engine, self.engine.groups
+        engine, groups, control = self.engine, self.engine.groups, self.engine.control
         engine.train()
         self.clear()
         network, settings = engine.training_network(), engine.model_config
@@ -61,6 +62,8 @@ class Replay:
             iterator: Iterator[list[Pair]], model: DistributedDataParallel
         ) -> tuple[torch.Tensor, Callable[[torch.Tensor], object]]:
             pairs, chunk = next(iterator), model.module
+            if not control.micro_step():
+                return _skipped(chunk, length, largest), _no_loss
             batch = [(trajectories[number], step) for number, step in pairs]
             x_SBC = torch.cat([t.latents_SBC[i] for t, i in batch], dim=1) if chunk.pre_process else None
             sigmas = [table.sigmas[i] for t, i in batch for _ in t.samples]
@@ -83,8 +86,29 @@ class Replay:
             micro_batch_size=largest,
             forward_only=False,
         )
+        control.end_phase()
         statistics = [one for batch in found for one in batch]
         statistics = share_statistics(statistics, len(pairs), groups, engine.device)
         ordered = [pair for batch in batches for pair in batch]
         by_pair = dict(zip(ordered, statistics, strict=True))
         return [by_pair[pair] for pair in pairs]
+
+
+def _skipped(chunk: HunyuanVideoDiT, length: int, largest: int) -> torch.Tensor:
+    """What a chunk hands on instead of its forward while a run is being stopped: zeros [length, largest, H].
+
+    They depend on the chunk's input, so that Megatron's backward finds a gradient of it to send back; without one it
+    would send nothing, and the stage before would wait for ever. On the last chunk any tensor will do.
+    """
+    size = (1,) if chunk.post_process else (length, largest, chunk.config.hidden_size)
+    if chunk.input_tensor is None or chunk.pre_process:
+        parameter = next(chunk.parameters())
+        source = torch.zeros((), dtype=chunk.config.params_dtype, device=parameter.device, requires_grad=True)
+    else:
+        source = chunk.input_tensor.sum() * 0
+    return source.new_zeros(size) + source
+
+
+def _no_loss(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[PairStatistics]]:
+    """Of a skipped micro-step: see `Objective.__call__`."""
+    return out.sum(), torch.zeros((), dtype=torch.int32, device=out.device), []

@@ -1,79 +1,96 @@
 """`megatron-sage train`: from a validated config to a finished run directory."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_sage.checkpoint.distributed import export_hf
+from megatron_sage.checkpoint.store import CheckpointStore, newest
 from megatron_sage.config import Config, dump
 from megatron_sage.data.prompts import read_prompts
 from megatron_sage.engine import Engine, build_engine, encode_prompts, initialize_groups, load_codec
 from megatron_sage.errors import UserError
+from megatron_sage.model.lora_targets import is_adapter
 from megatron_sage.parallel import groups as process_groups
 from megatron_sage.parallel.context import choose_backend
+from megatron_sage.parallel.control import Stopped
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.reporting.report import write_report
 from megatron_sage.reporting.schedule import write_schedule
 from megatron_sage.rewards.composite import WithWatch
 from megatron_sage.rewards.protocol import Reward, load_reward
-from megatron_sage.training import state
 from megatron_sage.training.evaluation import describe_evaluation, evaluate
+from megatron_sage.training.export import write_export
 from megatron_sage.training.metrics import MetricsLog, environment
 from megatron_sage.training.optimizer import build_optimizer, wrap
 from megatron_sage.training.precision import calibrate
+from megatron_sage.training.state import TrainState
+from megatron_sage.training.supervision import Supervision
 from megatron_sage.training.trainer import Trainer
 
 
 def train(config: Config) -> int:
-    """Run training from start (or the newest checkpoint) to end; the config has been validated. 0 when done."""
+    """Run training from start (or the newest checkpoint) to end; the config has been validated.
+
+    Returns 0 when done, 75 when a signal stopped the run and its state was saved.
+    """
     if config.precision.threads:
         torch.set_num_threads(config.precision.threads)
     groups = initialize_groups(config)
-    _train(config, groups)
+    reporter = Reporter(groups.rank == 0)
+    _start_directory(Path(config.output_dir), config, groups)
+    with Supervision(config, groups) as supervision:
+        _train(config, groups, reporter, supervision)
     # Not in a `finally`: the command line prints an error of one rank alone only while the groups still exist.
     process_groups.shutdown()
-    return 0
+    return supervision.exit_code
 
 
-def _train(config: Config, groups: process_groups.Groups) -> None:
+def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, supervision: Supervision) -> None:
     main = groups.rank == 0
-    reporter = Reporter(main)
     directory = Path(config.output_dir)
-    _start_directory(directory, config, groups)
     engine = build_engine(config, groups)
-    ddp = wrap(engine.chunks, groups)
+    engine.control = supervision.control
+    ddp = wrap(engine.chunks, groups, config.optimizer.distributed)
     optimizer = build_optimizer(config, ddp, engine.dtype)
     texts = read_prompts(config.data.prompts)
     held_out = read_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
     prompts = encode_prompts(config, engine, [*texts, *held_out])
     codec, reward = load_codec(config), build_reward(config)
-    trainer = Trainer(engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter)
+    trainer = supervision.trainer = Trainer(
+        engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter
+    )
     validation = [prompts[t] for t in held_out]
+    state, checkpoints, settings = TrainState(trainer), directory / "checkpoints", config.training
     if resumes(config):
-        state.load(trainer, directory / "checkpoints")
-    log = MetricsLog(directory, main, keep_below=trainer.iteration)
+        state.load(checkpoints)
+    store = CheckpointStore(checkpoints, settings.keep_last, settings.keep_every, settings.async_save)
+    log = MetricsLog(directory / "metrics.jsonl", main, trainer.iteration)
+    references = MetricsLog(directory / "references.jsonl", main and bool(trainer.reference.kinds), trainer.iteration)
     _say_layout(config, engine, reporter)
-    calibrate(engine, trainer.prompts)
-    if validation and trainer.iteration == 0:
-        evaluate("before", engine, validation, codec, reward, reporter)
-    if config.training.iterations == 0:
-        if main:
-            reporter.line(f"{directory / 'evaluation.json'}: {describe_evaluation(directory)}")
-        return
-    _iterate(config, trainer, log, reporter)
-    if groups.pp_size > 1:
-        write_schedule(trainer.schedule, groups.pp, directory)
-    if validation:
-        evaluate("after", engine, validation, codec, reward, reporter)
-    export = directory / "export" / "transformer"
-    if main:
-        shutil.rmtree(export, ignore_errors=True)  # of this run before it was resumed
-    dist.barrier(group=dist.group.WORLD)
-    export_hf(engine.chunks, export, engine.model_config.to_diffusers())
+    try:
+        calibrate(engine, trainer.prompts)
+        if validation and trainer.iteration == 0:
+            evaluate("before", engine, validation, codec, reward, reporter)
+        if config.training.iterations == 0:
+            if main:
+                reporter.line(f"{directory / 'evaluation.json'}: {describe_evaluation(directory)}")
+            return
+        _iterate(config, state, store, log, references, reporter, supervision)
+        if groups.pp_size > 1:
+            write_schedule(trainer.schedule, groups.pp, directory)
+        if validation:
+            evaluate("after", engine, validation, codec, reward, reporter)
+    except Stopped:
+        engine.control.enter("save")
+        state.save(store)
+        store.finish()
+        reporter.line(f"stopped: the state of {trainer.iteration} iterations is in {checkpoints}")
+        raise
+    engine.control.enter("export")
+    write_export(engine, directory / "export", trainer.ema)
     if main:
         reporter.line(f"report: {write_report(directory)}")
     dist.barrier(group=dist.group.WORLD)
@@ -81,7 +98,7 @@ def _train(config: Config, groups: process_groups.Groups) -> None:
 
 def resumes(config: Config) -> bool:
     """Whether the run goes on from a checkpoint; `auto` where there is one."""
-    found = state.newest(Path(config.output_dir) / "checkpoints") is not None
+    found = newest(Path(config.output_dir) / "checkpoints") is not None
     return config.training.resume == "yes" or (config.training.resume == "auto" and found)
 
 
@@ -96,6 +113,8 @@ def build_reward(config: Config) -> Reward:
 def _say_layout(config: Config, engine: Engine, reporter: Reporter) -> None:
     groups, settings = engine.groups, engine.model_config
     parameters = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
+    adapters = sum(p.numel() for chunk in engine.chunks for n, p in chunk.named_parameters() if is_adapter(n))
+    trained = f", {adapters:,} of them adapters and trained" if config.lora.rank is not None else ""
     forwards = {part: network.branches for part, network in engine.networks().items()}
     reporter.line(
         f"guidance {config.sampler.guidance_scale}, cfg_in_training {config.grpo.cfg_in_training}: "
@@ -103,8 +122,8 @@ def _say_layout(config: Config, engine: Engine, reporter: Reporter) -> None:
     )
     reporter.line(
         f"{config.name}: {groups.world_size} ranks = TP {groups.tp_size} x CP {groups.cp_size} x PP {groups.pp_size} x "
-        f"DP {groups.dp_size}; {parameters:,} parameters on this one; {engine.shape.shard.num_tokens} video tokens, "
-        f"{engine.shape.shard.local} on a rank"
+        f"DP {groups.dp_size}; {parameters:,} parameters on this one{trained}; "
+        f"{engine.shape.shard.num_tokens} video tokens, {engine.shape.shard.local} on a rank"
     )
     if groups.cp_size > 1:
         chosen, reason = choose_backend(settings.num_attention_heads, groups.tp_size, groups.cp_size)
@@ -117,22 +136,37 @@ def _say_layout(config: Config, engine: Engine, reporter: Reporter) -> None:
         reporter.line(f"pipeline: blocks of each stage {', '.join(stages)}; {kind}")
 
 
-def _iterate(config: Config, trainer: Trainer, log: MetricsLog, reporter: Reporter) -> None:
-    """All iterations, each with its line of metrics; a checkpoint at the end and every `save_interval`."""
-    checkpoints = Path(config.output_dir) / "checkpoints"
+def _iterate(
+    config: Config,
+    state: TrainState,
+    store: CheckpointStore,
+    log: MetricsLog,
+    references: MetricsLog,
+    reporter: Reporter,
+    supervision: Supervision,
+) -> None:
+    """All iterations, each with its line of metrics; a checkpoint at the end and every `save_interval`.
+
+    `references` gets the checksums of the references' weights, each iteration's, before its updates.
+    """
+    trainer = state.trainer
     while trainer.iteration < config.training.iterations:
         number = trainer.iteration
         row, stop = trainer.run_iteration()
         log.write({"iteration": number} | row)
+        references.write({"iteration": number} | trainer.reference.used)
         reporter.line(_line(number, config.training.iterations, row))
         due = config.training.save_interval and trainer.iteration % config.training.save_interval == 0
         if due or stop or trainer.iteration == config.training.iterations:
-            state.save(trainer, checkpoints)
+            supervision.control.enter("save")
+            state.save(store)
+        store.poll()
         if stop:
-            raise UserError(
-                f"{config.reward.function}: more than half of the rewards were not finite in three iterations running; "
-                f"the run is saved in {checkpoints}: look at the reward model"
-            )
+            store.finish()
+            raise UserError(f"{stop}; the run is saved in {store.directory}")
+        supervision.progress(trainer.iteration)
+        supervision.control.end_phase()  # a signal that came while the iteration could not be dropped
+    store.finish()
 
 
 def _line(number: int, total: int, row: dict[str, Any]) -> str:

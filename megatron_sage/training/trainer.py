@@ -13,15 +13,14 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_sage.anchor import HostAnchor
 from megatron_sage.conditioning.codec import VideoCodec
 from megatron_sage.config.schema import lambda_max
 from megatron_sage.data.prompts import PromptCursor
 from megatron_sage.engine import Engine, iteration_steps
-from megatron_sage.errors import UserError
-from megatron_sage.grpo.advantage import NonFiniteGuard, group_advantages
+from megatron_sage.grpo.advantage import group_advantages
 from megatron_sage.grpo.order import pair_order, split_updates
 from megatron_sage.grpo.trust_region import LambdaController
+from megatron_sage.parallel.control import Stopped
 from megatron_sage.parallel.pipeline import Occupancy, bubble_fraction
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.rewards.composite import WATCH, weighted
@@ -30,6 +29,10 @@ from megatron_sage.rollout.buffer import MicroTrajectory
 from megatron_sage.rollout.policy import Prompt
 from megatron_sage.rollout.sampler import Flight, final_latents, rollout
 from megatron_sage.rollout.scoring import score
+from megatron_sage.training import random_state
+from megatron_sage.training.ema import Ema
+from megatron_sage.training.gradients import all_finite
+from megatron_sage.training.guards import RunGuard
 from megatron_sage.training.loss import Objective, PairStatistics, summarise
 from megatron_sage.training.noise_floor import NoiseFloor, measure, replayed_pairs
 from megatron_sage.training.precision import calibrate, calibrate_gradients
@@ -58,20 +61,42 @@ class Trainer:
         self.objective = Objective(config, engine.shape, engine.token_group, counts=engine.groups.cp_rank == 0)
         self.replay = Replay(engine, ddp, optimizer, self.objective)
         self.reference = Reference(engine)
+        decay = config.optimizer.ema_decay
+        self.ema = None if decay is None else Ema(engine.chunks, decay, config.optimizer.ema_device == "host")
         self.controller = LambdaController(
             kl.schedule, kl.lambda_min, lambda_max(kl), kl.warmup_steps, kl.window, kl.target, kl.gain, kl.feedback
         )
-        self.guard = NonFiniteGuard()
+        self.guard = RunGuard(config.optimizer.max_nonfinite)
         self.cursor = PromptCursor(len(prompts), config.grpo.prompts_per_iteration, config.seed)
         self.iteration = 0
         self.optimizer_steps = 0
         self.noise_floor: NoiseFloor | None = None  # measured in the first iteration of every process
         self._seconds: dict[str, float] = {}
+        self._skipped = 0  # updates of the iteration whose gradients were not finite
         self.schedule = Occupancy()  # of the last rollout, on this rank
         self._choose_steps()
 
-    def run_iteration(self) -> tuple[dict[str, Any], bool]:
-        """Metrics of one iteration, and whether too many rewards were non-finite for too long."""
+    def run_iteration(self) -> tuple[dict[str, Any], str | None]:
+        """Metrics of one iteration, and why the run should save and stop, if it should.
+
+        Raises Stopped, on all ranks, where a signal stops the run before the first optimizer step: the trainer is then
+        in the state in which the iteration began.
+        """
+        control = self.engine.control
+        control.begin(self.iteration)
+        # all that an iteration changes before its first optimizer step
+        cursor, guard, generators = self.cursor.state_dict(), self.guard.state_dict(), random_state.sharded()
+        try:
+            row, bad_rewards = self._iteration()
+        except Stopped:
+            self.cursor.load_state_dict(cursor)
+            self.guard.load_state_dict(guard)
+            random_state.restore(generators.data)
+            raise
+        control.begin(self.iteration)
+        return row, self.guard.reason_to_stop(bad_rewards, self.engine.config.reward.function)
+
+    def _iteration(self) -> tuple[dict[str, Any], bool]:
         begin = time.perf_counter()
         self._seconds = {}
         self._choose_steps()
@@ -81,16 +106,12 @@ class Trainer:
         row |= pipeline
         self._assign_advantages(trajectories, rewards, row)
         self._reference_pass(trajectories)
+        self.reference.used = self.reference.checksums
         row |= self._update(trajectories)
         self.iteration += 1
         row |= {f"seconds/{name}": round(value, 4) for name, value in self._seconds.items()}
         row["seconds/total"] = round(time.perf_counter() - begin, 4)
         return row, stop
-
-    @property
-    def anchor(self) -> HostAnchor | None:
-        """The position reference's weights on this rank, part of the state of a run."""
-        return self.reference.anchor
 
     def _choose_steps(self) -> None:
         """The numbers of the iteration's steps: which of them draw noise may change with sampler.sde_window."""
@@ -100,6 +121,7 @@ class Trainer:
     @contextmanager
     def _phase(self, name: str, total: int) -> Iterator[Any]:
         begin = time.perf_counter()
+        self.engine.control.enter(name)
         with self.reporter.bar(f"{self.iteration:>4} {name}", total) as tick:
             yield tick
         self._seconds[name] = time.perf_counter() - begin
@@ -151,7 +173,9 @@ class Trainer:
                 engine.token_group,
                 engine.groups.replica,
                 tick,
+                engine.control,
             )
+            engine.control.end_phase()
         self._seconds |= {"decode": scores.decode_seconds, "reward": scores.reward_seconds}
         rewards = weighted(scores.dimensions, config.reward.weights)
         table = np.stack([rewards, *(scores.dimensions[name] for name in self.reward.dimensions)])
@@ -191,7 +215,7 @@ class Trainer:
 
     def _reference_pass(self, trajectories: list[MicroTrajectory]) -> None:
         """The reference's velocities at every trained step, where they belong to the rollout phase."""
-        if self.anchor is None or self.engine.config.kl.phase == "training":
+        if not self.reference.kinds or self.engine.config.kl.phase == "training":
             self._seconds["reference"] = 0.0
             return
         with self._phase("reference", 1) as tick:
@@ -211,11 +235,13 @@ class Trainer:
         updates = split_updates(order, config.grpo.updates_per_rollout)
         statistics: list[PairStatistics] = []
         norms: list[float] = []
+        self._skipped = 0
         weight = self.objective.weight = self.controller.value
         if self.noise_floor is None:
             self._measure_noise_floor(trajectories)
         with self._phase("train", len(order)) as tick:
             for number, pairs in enumerate(updates):
+                self.engine.control.enter("train")
                 self.objective.weight = self.controller.value
                 with self.reference.during(self.table, trajectories, pairs):
                     found = self.replay.gradients(trajectories, pairs, tick)
@@ -223,10 +249,11 @@ class Trainer:
                 if number == 0:
                     first = found
                 norms += self._step(found)
-        row = summarise(statistics, first, self.engine.groups.dp)
+        row = summarise(statistics, first, self.engine.groups.dp, "initial" in self.reference.kinds)
         lr = self.optimizer.param_groups[0]["lr"]
         mean_norm = sum(norms) / len(norms) if norms else 0.0
-        return row | {"lambda": weight, "grad_norm": mean_norm, "lr": lr, "optimizer_steps": self.optimizer_steps}
+        row |= {"lambda": weight, "grad_norm": mean_norm, "lr": lr, "optimizer_steps": self.optimizer_steps}
+        return row | {"updates/skipped": self._skipped}
 
     def _measure_noise_floor(self, trajectories: list[MicroTrajectory]) -> None:
         """Replay part of the rollout through the training path before anything is learnt; nothing is kept of it."""
@@ -249,27 +276,36 @@ class Trainer:
         floor.check(config.grpo.allow_clip_below_floor)
 
     def _step(self, statistics: list[PairStatistics]) -> list[float]:
-        """One optimizer step, then lambda and anchor; nothing happens where every sample was dropped."""
+        """One optimizer step, then lambda and anchor; its gradient norm.
+
+        Nothing happens where every sample was dropped, nor where a gradient is not finite: weights, moments, counters,
+        lambda and anchor stay, only the skipped updates are counted.
+        """
+        self.engine.control.enter("optimizer")
         sums = torch.stack([s.sums for s in statistics]).sum(dim=0).double()
         dist.all_reduce(sums, group=self.engine.groups.dp)
-        count, _, _, position, velocity, _ = sums.tolist()
+        count, _, _, position, velocity, initial, _ = sums.tolist()
         if count == 0:
             return []  # a step on zero gradients would still move the weights by momentum and decay
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(norm):  # before the step: clipping by it would write nan into every weight
-            raise UserError(
-                f"optimizer step {self.optimizer_steps + 1}: gradient norm is {norm}: lower optimizer.lr; the weights "
-                "are still those of the step before, the newest checkpoint can be resumed"
-            )
+        finite = all_finite(norm, self.replay.ddp, self.engine.device)
+        self.guard.updated(finite)
+        if not finite:  # a step would write nan into every weight, through the clipping if by no other way
+            self._skipped += 1
+            self.replay.clear()
+            return []
+        self.engine.control.hold = True  # there is no whole state again until the iteration has ended
         settings = self.engine.config.optimizer
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * min(1.0, (self.optimizer_steps + 1) / max(1, settings.warmup_steps))
+        self.reference.before_step()
         self.optimizer.step()
         self.engine.quantisation.after_update()
         self.optimizer_steps += 1
         if self.engine.config.kl.strategy != "none":
-            weights = self.objective.position_weight, self.objective.velocity_weight
-            self.controller.update((weights[0] * position + weights[1] * velocity) / count)
+            self.controller.update(self.objective.divergence(position, velocity, initial) / count)
         self.reference.after_step(self.optimizer_steps)
+        if self.ema is not None:
+            self.ema.after_step()
         return [norm]

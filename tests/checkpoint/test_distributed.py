@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_sage.checkpoint import torch_dist
+from megatron_sage.checkpoint import saving, torch_dist
 from megatron_sage.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_sage.checkpoint.distributed import export_hf, gather_named, load_hf_weights, load_weights, save_weights
 from megatron_sage.errors import UserError
@@ -85,7 +85,7 @@ def test_in_process_save_keeps_objects_and_optimizer_state(one_rank: Groups, hf:
     state["moment"] = dist_checkpointing.ShardedTensor.from_rank_offsets("optimizer.state.m", moment)
     state["rng"] = dist_checkpointing.mapping.ShardedObject("rng", {"seed": 7}, (1,), (0,))
     state["iteration"] = 12
-    torch_dist.save(state, _new(tmp_path / "run"))
+    saving.save(state, _new(tmp_path / "run"))
     wanted = build(one_rank).sharded_state_dict()
     wanted["moment"] = dist_checkpointing.ShardedTensor.from_rank_offsets("optimizer.state.m", torch.zeros(3, 4))
     wanted["rng"] = dist_checkpointing.mapping.ShardedObject("rng", None, (1,), (0,))

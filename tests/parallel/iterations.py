@@ -47,7 +47,7 @@ def prepare(arguments: list[str], processes: int, kind: Any = None) -> Any:
     validate(config, processes)
     torch.set_num_threads(1)
     engine = build_engine(config, initialize_groups(config))
-    ddp = wrap(engine.chunks, engine.groups)
+    ddp = wrap(engine.chunks, engine.groups, config.optimizer.distributed)
     optimizer = build_optimizer(config, ddp, engine.dtype)
     texts = read_prompts(config.data.prompts)
     prompts = encode_prompts(config, engine, texts)

@@ -17,6 +17,7 @@ job that hangs is ended with its workers after `timeout` seconds; the next job s
 import atexit
 import contextlib
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
@@ -200,6 +201,7 @@ def _leave_world() -> None:
         shutdown()
     # after an exception this also frees the other ranks: their collective ends with "connection closed by peer"
     dist.destroy_process_group()
+    gc.collect()  # groups in circles of references keep their threads
 
 
 def _resolve(function: str) -> Callable[..., Any]:

@@ -239,9 +239,9 @@ def real_rollout(arguments: list[str], processes: int, offload: bool) -> dict[st
     return {
         "latents": [len(t.latents_SBC) for t in trajectories],
         "velocities": [len(t.velocity_SBC) for t in trajectories],
-        "references": [len(t.reference_SBC) for t in trajectories],
+        "references": [len(t.reference_SBC["position"]) for t in trajectories],
         "same": all(
-            torch.allclose(t.velocity_SBC[i], t.reference_SBC[i], atol=1e-6)
+            torch.allclose(t.velocity_SBC[i], t.reference_SBC["position"][i], atol=1e-6)
             for t in trajectories
             for i in t.velocity_SBC
         ),

@@ -88,7 +88,7 @@ def inspect(arguments: list[str], processes: int, noise: float = 0.0) -> dict[st
             row = super()._update(trajectories)
             found["forwards"].append(dict(counts))
             counts.clear()
-            found["references_left"] = [len(t.reference_SBC) for t in trajectories]
+            found["references_left"] = [len(t.reference_SBC["position"]) for t in trajectories if t.reference_SBC]
             if len(found["trained"]) == 1 and self.engine.config.name.startswith("dropped"):
                 found["without"] = without_dropped(self, trajectories)
             if self.engine.config.name == "equalized":
@@ -120,17 +120,20 @@ def inspect(arguments: list[str], processes: int, noise: float = 0.0) -> dict[st
     after = whole(trainer.engine.chunks, "param")
     found["before"], found["after"] = before, after
     found["change"] = {name: after[name] - before[name] for name in after}
-    if trainer.anchor is not None:
-        shard = trainer.anchor.state_dict()
+    if trainer.reference.anchors:
+        (anchor,) = trainer.reference.anchors.values()
+        shard = anchor.state_dict()
         policy = {f"{i}.{n}": p for i, c in enumerate(trainer.engine.chunks) for n, p in c.named_parameters()}
         found["anchor_is_policy"] = all(torch.equal(shard[name], policy[name]) for name in shard)
         drift = [float((shard[name] - policy[name]).abs().max()) for name in shard]
         found["anchor_drift"] = max(drift)
-        whole_anchor = dict(shard)
-        with trainer.anchor.swapped_in(trainer.engine.chunks):
-            now = whole(trainer.engine.chunks, "param")
+        own = {name: policy[name].data for name in shard}
+        for name, tensor in shard.items():
+            policy[name].data = tensor
+        now = whole(trainer.engine.chunks, "param")
+        for name, tensor in own.items():
+            policy[name].data = tensor
         found["anchor_is_initial"] = all(np.array_equal(now[name], before[name]) for name in before)
-        assert whole_anchor
     return found
 
 

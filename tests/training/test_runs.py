@@ -129,7 +129,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(root: Path, single: dict[str, An
 
 def test_a_run_does_not_go_on_with_another_reference(root: Path) -> None:
     run(root, "anchored", **{"training.iterations": 1})
-    with pytest.raises(UserError, match="saved with the position reference moving, this run's is fixed: keep it"):
+    with pytest.raises(UserError, match="saved with the position references moving, this run.s are fixed: keep them"):
         run(root, "anchored", **{"training.resume": True, "kl.strategy": "fixed"})
 
 
