@@ -45,6 +45,7 @@ class TrainState:
             "model": {k: v for k, v in engine.model_config.to_diffusers().items() if not k.startswith("_")},
             "lora": lora if self.adapters else None,
             "optimizer.name": engine.config.optimizer.name,
+            "optimizer.distributed": engine.config.optimizer.distributed,
             "optimizer.ema_decay": engine.config.optimizer.ema_decay is not None,
             "references": trainer.reference.kinds,
             "initial model": initial,
@@ -148,7 +149,7 @@ class TrainState:
                 f"{_listed(theirs['references'])}, this run's are {_listed(ours['references'])}: keep them, or start "
                 "anew"
             )
-        for key in ("lora", "optimizer.name", "optimizer.ema_decay"):
+        for key in ("lora", "optimizer.name", "optimizer.distributed", "optimizer.ema_decay"):
             if theirs[key] != ours[key]:
                 raise UserError(f"{key}={ours[key]}: {source} was saved with {theirs[key]}: keep it, or start anew")
         if theirs["initial model"] != ours["initial model"]:
