@@ -32,7 +32,9 @@ def hv15_480p() -> Config:
     config.reward.function = "megatron_sage.rewards.videoalign:VideoAlign"
     config.data.prompts = "data/prompts.txt"
     config.evaluation.prompts = "data/prompts_held_out.txt"
-    config.training.save_interval = 10
+    config.optimizer.distributed = True
+    config.training.save_interval, config.training.async_save = 10, True
+    config.training.keep_last, config.training.keep_every = 3, 50
     return config
 
 

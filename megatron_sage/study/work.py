@@ -41,7 +41,12 @@ def execute(run: Run, config: Config) -> dict[str, Any]:
     trainer = Trainer(engine, ddp, optimizer, [prompts[text] for text in texts], codec, reward, silent)
     validation = [prompts[text] for text in unseen]
     before, _ = held_out("before", engine, validation, codec, reward, silent)
-    rows = [trainer.run_iteration()[0] for _ in range(config.training.iterations)]
+    rows = []
+    for _ in range(config.training.iterations):
+        row, reason = trainer.run_iteration()
+        if reason is not None:
+            raise UserError(reason)
+        rows.append(row)
     after, _ = held_out("after", engine, validation, codec, reward, silent)
     return {
         "cell": run.cell,
