@@ -48,7 +48,9 @@ def load_weights(model: Chunks, directory: Path | str) -> None:
     """
     directory = Path(directory)
     with on_all_ranks():
-        MegatronDirectory(directory).check(key_map(model).shapes("ours"))
+        checkpoint = MegatronDirectory(directory)
+        checkpoint.check(key_map(model).shapes("ours"))
+        checkpoint.verify(dist.get_rank(), dist.get_world_size())
     try:
         # The sharded tensors share the parameters' memory: loading is in place.
         dist_checkpointing.load(_sharded_state_dict(model), str(directory))

@@ -4,10 +4,8 @@ A checkpoint is written as `.iteration_NNNNNN.partial` and renamed: whatever is 
 is whole. What is read is checked against the sizes and checksums of its manifest first.
 """
 
-import json
 import os
 import shutil
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,10 @@ import torch.distributed as dist
 
 from megatron_sage.checkpoint.saving import Saving
 from megatron_sage.checkpoint.staging import on_all_ranks
-from megatron_sage.checkpoint.torch_dist import MANIFEST, MegatronDirectory, screen
+from megatron_sage.checkpoint.torch_dist import MegatronDirectory, read_object, verify_files
 from megatron_sage.errors import UserError
 
 PREFIX = "iteration_"
-_CHUNK = 1 << 24  # bytes read at once for a checksum
 
 
 def newest(directory: Path) -> Path | None:
@@ -131,50 +128,13 @@ def opened(path: Path) -> tuple[MegatronDirectory, dict[str, Any]]:
     and for files that would run code.
     """
     with on_all_ranks():
-        _verify(path, dist.get_rank(), dist.get_world_size())
+        others = [other.name for other in complete(path.parent) if other != path]
+        cure = f"delete or restore {path.name}" + (f" (then {others[-1]} is the newest)" if others else "")
+        verify_files(path, dist.get_rank(), dist.get_world_size(), cure)
     with on_all_ranks():
         directory = MegatronDirectory(path)
-        screen(path / "common.pt", str(path / "common.pt"))
-        plain = _json(path / "state.json")
+        plain = read_object(path / "state.json")
     return directory, plain
-
-
-def _verify(path: Path, rank: int, world: int) -> None:
-    others = [other.name for other in complete(path.parent) if other != path]
-    cure = f"delete or restore {path.name}" + (f" (then {others[-1]} is the newest)" if others else "")
-    files = _json(path / MANIFEST).get("files")
-    if not isinstance(files, dict) or not files:
-        raise UserError(f"{path / MANIFEST}: lists no files; {cure}")
-    for name, said in sorted(files.items()):
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"{file}: missing; {cure}")
-        if file.stat().st_size != said["bytes"]:
-            raise UserError(f"{file}: truncated: {file.stat().st_size} bytes, was {said['bytes']}; {cure}")
-    for name, said in sorted(files.items())[rank::world]:
-        found = f"{_checksum(path / name):08x}"
-        if found != said["crc32"]:
-            raise UserError(f"{path / name}: damaged: checksum {found}, was {said['crc32']}; {cure}")
-
-
-def _checksum(file: Path) -> int:
-    crc = 0
-    with file.open("rb") as content:
-        while chunk := content.read(_CHUNK):
-            crc = zlib.crc32(chunk, crc)
-    return crc
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: missing; a checkpoint of a run has this file") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error}); restore the file or use another checkpoint") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object; restore the file or use another checkpoint")
-    return found
 
 
 def _sync(directory: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -24,8 +25,51 @@ from megatron_sage.errors import UserError
 
 BACKEND, VERSION = "torch_dist", 1
 MANIFEST = "manifest.json"  # every file with its size and checksum; written last
+_CHUNK = 1 << 24  # bytes read at once for a checksum
 # names of what a run keeps beside the policy's weights
 STATE_PREFIXES = ("optimizer.", "anchor.", "ema.", "run.")
+
+
+def verify_files(path: Path, rank: int = 0, world: int = 1, cure: str = "make or fetch it again") -> None:
+    """Sizes of all files and the checksums of this rank's share of them against the manifest; no collectives.
+
+    Raises UserError for the first that is missing, cut off or changed.
+    """
+    files = read_object(path / MANIFEST).get("files")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{path / MANIFEST}: lists no files; {cure}")
+    for name, said in sorted(files.items()):
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file}: missing; {cure}")
+        if file.stat().st_size != said["bytes"]:
+            raise UserError(f"{file}: truncated: {file.stat().st_size} bytes, was {said['bytes']}; {cure}")
+    for name, said in sorted(files.items())[rank::world]:
+        found = f"{file_checksum(path / name):08x}"
+        if found != said["crc32"]:
+            raise UserError(f"{path / name}: damaged: checksum {found}, was {said['crc32']}; {cure}")
+
+
+def file_checksum(file: Path) -> int:
+    """CRC-32 of its content."""
+    crc = 0
+    with file.open("rb") as content:
+        while chunk := content.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError where the file holds none."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing; a checkpoint of a run has this file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable ({error}); restore the file or use another checkpoint") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object; restore the file or use another checkpoint")
+    return found
 
 
 class _TableUnpickler(pickle.Unpickler):
@@ -116,6 +160,11 @@ class MegatronDirectory:
         """Raises UserError for the first missing, unexpected or misshaped tensor."""
         check_specs(self.specs, expected, lambda name: self.directory)
 
+    def verify(self, rank: int = 0, world: int = 1) -> None:
+        """This rank's share of the files against the manifest, where there is one: Megatron's own tools make none."""
+        if (self.directory / MANIFEST).is_file():
+            verify_files(self.directory, rank, world)
+
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Whole tensors in their stored dtype; no collectives."""
         tensors = {name: torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype) for name in names}
@@ -129,6 +178,9 @@ class MegatronDirectory:
 
     def _screen_objects(self, metadata: Metadata) -> None:
         """Objects that are no tensors are unpickled by DCP as they are: only plain ones pass."""
+        common = self.directory / "common.pt"
+        if common.is_file():
+            screen(common, str(common))
         for index, info in metadata.storage_data.items():
             if isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
                 continue
@@ -157,6 +209,7 @@ def open_megatron(source: Path) -> tuple[MegatronDirectory, dict[str, Any], KeyM
     keymap = KeyMap.from_config(configs.complete(config, source / "config.json"))
     checkpoint = MegatronDirectory(source)
     checkpoint.check(keymap.shapes("ours"))
+    checkpoint.verify()
     return checkpoint, config, keymap
 
 

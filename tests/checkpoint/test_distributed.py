@@ -95,6 +95,19 @@ def test_in_process_save_keeps_objects_and_optimizer_state(one_rank: Groups, hf:
     assert "optimizer.state.m" not in torch_dist.MegatronDirectory(tmp_path / "run").specs
 
 
+def test_one_flipped_bit_of_the_weights_is_noticed(one_rank: Groups, hf: Path, tmp_path: Path) -> None:
+    hf_to_megatron(hf, tmp_path / "converted")
+    file = max((tmp_path / "converted").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 2
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="damaged: checksum"):
+        load_weights(build(one_rank), tmp_path / "converted")
+    with pytest.raises(UserError, match="damaged: checksum"):
+        megatron_to_hf(tmp_path / "converted", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 @pytest.mark.parametrize("source", ["hf", "megatron"])
 def test_another_models_weights_are_refused(one_rank: Groups, hf: Path, tmp_path: Path, source: str) -> None:
     model = build(one_rank, num_layers=1)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from megatron_sage.checkpoint import saving, store
+from megatron_sage.checkpoint import saving, torch_dist
 from megatron_sage.checkpoint.store import CheckpointStore, complete, newest, opened
 from megatron_sage.errors import UserError
 from megatron_sage.parallel.groups import Groups, initialize
@@ -207,7 +207,7 @@ class Evil:
 def trust(path: Path) -> None:
     """A manifest that fits: whoever writes the files writes that too."""
     files = {
-        file.name: {"bytes": file.stat().st_size, "crc32": f"{store._checksum(file):08x}"}
+        file.name: {"bytes": file.stat().st_size, "crc32": f"{torch_dist.file_checksum(file):08x}"}
         for file in path.iterdir()
         if file.name != "manifest.json"
     }

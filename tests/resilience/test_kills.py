@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from megatron_sage.checkpoint.store import _verify, complete
+from megatron_sage.checkpoint.store import complete
+from megatron_sage.checkpoint.torch_dist import verify_files
 from tests.training import world
 
 ITERATIONS = 5
@@ -141,7 +142,7 @@ def killed_runs(runs: Runs, kills: int, ranks: int, seed: int, **layout: Any) ->
             counts["in save"] += any((directory / "checkpoints").glob(".iteration_*"))
         visible = complete(directory / "checkpoints")
         for path in visible:
-            _verify(path, 0, 1)
+            verify_files(path)
         newest = int(visible[-1].name[-6:]) if visible else 0
         assert newest >= seen, "a checkpoint was lost"
         seen = newest
@@ -166,3 +167,24 @@ def test_kills_of_one_of_two_ranks(runs: Runs) -> None:
     layout = {"parallel.tensor": 2, "optimizer.distributed": False}
     counts = killed_runs(runs, 10, 2, seed=8, **layout)
     assert counts["in save"] >= 1 and counts["finished"] >= 1, counts
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(runs: Runs) -> None:
+    finish(runs, "sound")
+    finish(runs, "damaged", **{"training.iterations": 3})
+    directory = runs.root / "damaged"
+    newest, older = (directory / "checkpoints" / f"iteration_{n:06d}" for n in (3, 2))
+    data = next(newest.glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 3] ^= 1
+    data.write_bytes(content)
+    runs.start("damaged")
+    assert runs.wait() == [2]
+    last = (runs.root / "damaged.log").read_text().splitlines()[-1]
+    assert last.startswith("error: ") and "damaged: checksum" in last and "then iteration_000002 is the newest" in last
+    assert older.is_dir() and newest.is_dir()  # nothing is removed behind anybody's back
+    shutil.rmtree(newest)
+    finish(runs, "damaged")
+    rows, weights = result(runs.root / "sound")
+    found_rows, found_weights = result(directory)
+    assert found_rows == rows and all(np.array_equal(found_weights[key], weights[key]) for key in weights)
