@@ -64,7 +64,7 @@ def train(arguments: list[str], processes: int, folder: str | None = None) -> di
 
     `folder`: both kinds of export, and the model's part of a distributed checkpoint.
     """
-    from megatron_sage.checkpoint import torch_dist
+    from megatron_sage.checkpoint import saving
     from megatron_sage.checkpoint.lora import gather_adapters
     from megatron_sage.model.lora_targets import is_adapter
     from megatron_sage.training.export import write_export
@@ -84,7 +84,7 @@ def train(arguments: list[str], processes: int, folder: str | None = None) -> di
         for engine.config.lora.export in ("separate", "merged"):
             write_export(engine, Path(folder))
         (Path(folder) / "state").mkdir(exist_ok=True)
-        torch_dist.save(engine.chunks[0].sharded_state_dict(), Path(folder) / "state")
+        saving.save(engine.chunks[0].sharded_state_dict(), Path(folder) / "state")
     return {"rows": rows, "adapters": adapters} if engine.groups.rank == 0 else None
 
 

@@ -247,12 +247,12 @@ def master(world: World, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, i
 
 def save(world: World, directory: Path) -> None:
     """Weights and optimizer as a run's checkpoint has them."""
-    from megatron_sage.checkpoint import torch_dist
+    from megatron_sage.checkpoint import saving
 
     if world.groups.rank == 0:
         directory.mkdir(parents=True)
     dist.barrier(group=dist.group.WORLD)
-    torch_dist.save(_sharded(world, loading=False), directory)
+    saving.save(_sharded(world, loading=False), directory)
 
 
 def load(world: World, directory: Path) -> None:
