@@ -166,7 +166,9 @@ class _GatherAgain:
         address = joint.untyped_storage()._cdata  # of the storage, whichever view; fake tensors have one too
 
         def pack(x: torch.Tensor) -> Any:
-            return (x.shape, x.stride(), x.storage_offset()) if x.untyped_storage()._cdata == address else x
+            if x.untyped_storage()._cdata == address:
+                return x.shape, x.stride(), x.storage_offset()
+            return x.detach()  # the kernel's own output, kept as it is, would keep the graph that keeps it
 
         def unpack(kept: Any) -> torch.Tensor:
             if isinstance(kept, torch.Tensor):

@@ -46,7 +46,7 @@ def saved_bytes(case: Case, tensor: int = 1, context: int = 1, pipeline: int = 1
         address = x.untyped_storage().data_ptr()
         if address not in known:
             kept[address] = x.untyped_storage().nbytes()
-        return x
+        return x.detach()  # x itself, where a node keeps its own output, is a circle that is never freed
 
     hooks_inside = _GatherAgain.instead_of
 
