@@ -86,7 +86,7 @@ def test_the_single_process_is_linear_in_both_token_counts(single: SavedBytes) -
     ("tensor", "context", "options"),
     [
         (2, 1, {}),
-        (4, 1, {}),
+        pytest.param(4, 1, {}, marks=pytest.mark.nightly),
         (1, 2, {"context_backend": "ulysses"}),
         (1, 2, {"context_backend": "allgather"}),
         (1, 4, {"context_backend": "ulysses"}),

@@ -65,6 +65,7 @@ def test_the_position_of_the_dual_kl_may_stay_fixed(root: Path) -> None:
     assert found["anchor_is_initial"] and not found["anchor_is_policy"]
 
 
+@pytest.mark.nightly
 def test_a_strong_fixed_reference_holds_the_policy(root: Path, free: dict[str, Any]) -> None:
     strong = {"kl.strategy": "fixed", "kl.lambda_max": 1e4, "training.iterations": 6, "optimizer.lr": 1e-3}
     held = run(root, "held", **strong)

@@ -133,6 +133,7 @@ def test_a_run_does_not_go_on_with_another_reference(root: Path) -> None:
         run(root, "anchored", **{"training.resume": True, "kl.strategy": "fixed"})
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_on_context_and_pipeline_ranks_is_the_uninterrupted_run(root: Path) -> None:
     layout = {"parallel.context": 2, "parallel.pipeline": 2}
     whole = run(root, "whole_parallel", 4, **layout)

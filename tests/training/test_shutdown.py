@@ -82,6 +82,7 @@ def test_a_signal_to_one_pipeline_stage_stops_all(root: Path) -> None:
     check_chain(root, 2, [*some, stop("reference", 1, 3, rank=0)], 3, **{"parallel.pipeline": 2})
 
 
+@pytest.mark.nightly
 def test_a_signal_to_one_tensor_rank_stops_all(root: Path) -> None:
     some = [stop("rollout", 0, 3, rank=1), stop("train", 0, 2, rank=1)]
     check_chain(root, 2, some, 2, **{"parallel.tensor": 2})
