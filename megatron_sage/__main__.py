@@ -6,6 +6,7 @@ Every command is imported only when it runs: importing torch takes seconds, `--h
 """
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -29,6 +30,8 @@ COMMANDS = {
     "doctor": ("megatron_sage.doctor", "say what this machine has and what will be used"),
 }
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # a user's to mend, wherever it shows
+
 _SILENT_SECONDS = 10.0  # at most: torchrun ends a silent process once the speaking one has ended
 
 
@@ -50,6 +53,14 @@ def main(argv: list[str] | None = None) -> int:
         return int(importlib.import_module(COMMANDS[command][0]).main(arguments))
     except UserError as error:
         return _report(error)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        return _report(
+            UserError(
+                f"{error.filename or 'a file'}: cannot be written: {error.strerror}; free space, or write elsewhere"
+            )
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -8,6 +8,8 @@
    load into a new optimizer; the non-distributed optimizers make moments without `step`, which AdamW cannot use.
 4. `HybridDeviceOptimizer` keeps its constructor's arguments, classes among them, in its parameter groups: they would be
    pickled into the checkpoint, which a safe load refuses.
+5. The persistent worker for background saves divides by the number of GPUs: without one it ends, and its parent waits
+   for ever. Not mended here: `checkpoint/saving.py` writes in a thread.
 
 A defect that a newer Megatron has mended fails its test in tests/checkpoint/test_megatron_defects.py: remove it here.
 """

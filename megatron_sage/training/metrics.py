@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from megatron_sage.errors import UserError
+
 PACKAGES = ("megatron-core", "torch", "diffusers", "transformers", "safetensors", "numpy")
 
 
@@ -31,8 +33,13 @@ class MetricsLog:
     def write(self, row: dict[str, Any]) -> None:
         """Append one iteration."""
         if self._file is not None:
-            with self._file.open("a") as out:
-                out.write(json.dumps(row) + "\n")
+            try:
+                with self._file.open("a") as out:
+                    out.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise UserError(
+                    f"{self._file}: cannot be written: {error.strerror}; the newest checkpoint stays"
+                ) from error
 
 
 def environment(world_size: int) -> dict[str, Any]:

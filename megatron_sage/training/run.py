@@ -189,9 +189,12 @@ def _start_directory(directory: Path, config: Config, groups: process_groups.Gro
                 f"output_dir={directory}: holds a run already: choose another, delete it, or set training.resume=yes"
             ]
         else:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / "config.yaml").write_text(dump(config))
-            (directory / "environment.json").write_text(json.dumps(environment(groups.world_size), indent=1) + "\n")
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                (directory / "config.yaml").write_text(dump(config))
+                (directory / "environment.json").write_text(json.dumps(environment(groups.world_size), indent=1) + "\n")
+            except OSError as error:
+                problem = [f"output_dir={directory}: cannot be written: {error.strerror}; choose another"]
     dist.broadcast_object_list(problem, src=0, group=dist.group.WORLD)
     if problem[0]:
         raise UserError(problem[0])

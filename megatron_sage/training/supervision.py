@@ -1,5 +1,6 @@
 """Everything around a run that is not the run: stop signals, the watchdog, status.json, and how it ends."""
 
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -92,5 +93,8 @@ class Supervision:
         text = str(error) or type(error).__name__
         reason = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
         code = USER_ERROR if isinstance(error, UserError) else FAULT
-        self.status.fail(reason=reason, iteration=self.control.iteration, exit_code=code)
         self.watchdog.fail(reason.splitlines()[0])
+        try:
+            self.status.fail(reason=reason, iteration=self.control.iteration, exit_code=code)
+        except OSError as second:  # a full disk, as often as not what has ended the run: the first error is the reason
+            print(f"{self.status.path}: cannot be written: {second.strerror}", file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from megatron_sage.checkpoint import saving, torch_dist
 from megatron_sage.checkpoint.store import CheckpointStore, complete, newest, opened
 from megatron_sage.errors import UserError
 from megatron_sage.parallel.groups import Groups, initialize
+from tests import disk
 from tests.parallel.pool import run_on_ranks
 
 
@@ -240,15 +241,8 @@ def test_nothing_is_unpickled(tmp_path: Path, where: str) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True)
-    if done.returncode:
-        pytest.skip("NO FULL DISK TESTED: mounting a tmpfs needs root: " + done.stderr.decode().strip())
-    yield mount
-    subprocess.run(["mount", "-o", "remount,rw", str(mount)], check=False)
-    subprocess.run(["umount", str(mount)], check=True)
+    with disk.small_disk(tmp_path / "disk", "1m") as mount:
+        yield mount
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from megatron_sage.checkpoint.store import complete
 from megatron_sage.checkpoint.torch_dist import verify_files
+from tests.disk import small_disk
 from tests.training import world
 
 ITERATIONS = 5
@@ -189,3 +190,31 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(runs: Runs) 
     rows, weights = result(runs.root / "sound")
     found_rows, found_weights = result(directory)
     assert found_rows == rows and all(np.array_equal(found_weights[key], weights[key]) for key in weights)
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_with_space(runs: Runs) -> None:
+    """Room for one checkpoint and a half."""
+    finish(runs, "roomy")
+    runs.start("full", **{"training.iterations": 1})
+    assert runs.wait() == [0]
+    size = sum(file.stat().st_size for file in (runs.root / "full" / "checkpoints" / "iteration_000001").iterdir())
+    shutil.rmtree(runs.root / "full")
+    with small_disk(runs.root / "full", f"{size * 3 // 2 // 1024}k"):
+        for attempt in range(2):  # and the second one fails like the first, with nothing lost
+            runs.start("full", **{"training.async_save": bool(attempt)})
+            assert runs.wait() == [2]
+            last = (runs.root / "full.log").read_text().splitlines()[-1]
+            assert last.startswith("error: ") and "No space left on device" in last, last
+            (only,) = (runs.root / "full" / "checkpoints").iterdir()
+            verify_files(only)
+            assert only.name == "iteration_000001"
+        subprocess.run(["mount", "-o", "remount,size=1g", str(runs.root / "full")], check=True)
+        finish(runs, "full")
+        rows, weights = result(runs.root / "roomy")
+        found_rows, found_weights = result(runs.root / "full")
+        assert found_rows == rows and all(np.array_equal(found_weights[key], weights[key]) for key in weights)
+        subprocess.run(["mount", "-o", "remount,ro", str(runs.root / "full")], check=True)
+        runs.start("full", **{"training.iterations": ITERATIONS + 1})
+        assert runs.wait() == [2]
+        last = (runs.root / "full.log").read_text().splitlines()[-1]
+        assert last.startswith("error: output_dir=") and "Read-only file system" in last, last
