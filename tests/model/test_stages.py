@@ -82,7 +82,7 @@ def stage_on_rank(virtual: int | None) -> list[dict[str, tuple[bool, bool, bool]
     ]
 
 
-@pytest.mark.parametrize(("ranks", "virtual"), [(2, None), (4, None), (2, 2)])
+@pytest.mark.parametrize(("ranks", "virtual"), [(2, None), pytest.param(4, None, marks=pytest.mark.nightly), (2, 2)])
 def test_stages_hold_the_model_once_and_the_timestep_s_embedder_each(ranks: int, virtual: int | None) -> None:
     stages = run_on_ranks(ranks, "tests.model.test_stages:stage_on_rank", virtual=virtual)
     whole = set(KeyMap.from_config(CASE.config()).shapes("ours"))

@@ -122,7 +122,9 @@ SIZES = [(29, 7, 1, 12, 8), (5, 1, 3, 12, 4), (96, 24, 2, 12, 16), (2, 6, 1, 12,
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["both streams", "last block"])
-@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(2, marks=pytest.mark.nightly), 3, pytest.param(4, marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize("backend", ["ulysses", "allgather", "equal parts"])
 def test_split_tokens_give_the_whole_attention(backend: str, ranks: int, last: bool) -> None:
     for sizes in SIZES:

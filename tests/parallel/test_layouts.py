@@ -164,14 +164,15 @@ def test_dropped_samples_are_counted_once(root: Path, patchy: dict[str, Any], si
 
 
 UNGUIDED = ((1, 2, 1, 1), (1, 1, 2, 1))  # in `make test`; the others' are nightly
-SLOW = (2, 2, 1, 1)  # a minute of gloo's latency: nightly; TP x CP stays in test_parity and test_traffic
+# half a minute each of gloo's latency: nightly; TP x CP and TP x PP stay in test_parity and test_traffic
+SLOW = ((2, 2, 1, 1), (2, 1, 2, 1))
 RUNS = [
     pytest.param(
         sizes,
         guidance,
         id=f"{'-'.join(map(str, sizes))}-{guidance}",
         marks=[pytest.mark.nightly]
-        if sizes in (*NIGHTLY, SLOW) or (guidance == "unguided" and sizes not in UNGUIDED)
+        if sizes in (*NIGHTLY, *SLOW) or (guidance == "unguided" and sizes not in UNGUIDED)
         else [],
     )
     for sizes in LAYOUTS + NIGHTLY

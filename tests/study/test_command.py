@@ -40,6 +40,7 @@ def untimed(row: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in row.items() if key != "seconds"}
 
 
+@pytest.mark.nightly
 def test_a_study_goes_on_where_it_was_interrupted(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     cells = ["--cells", "b_sage_dual,b_cps_none"]
     assert main(arguments(root, "whole", *cells, "--seeds", "1", "--processes", "1")) == 0

@@ -73,6 +73,7 @@ def test_a_strong_fixed_reference_holds_the_policy(root: Path, free: dict[str, A
     assert held["rows"][-1]["kl/position"] < 0.5 * loose["rows"][-1]["kl/position"]
 
 
+@pytest.mark.nightly
 def test_the_step_term_is_nothing_with_one_update_and_bites_with_two(root: Path) -> None:
     """In the only update of a rollout the policy is the rollout's: KL and gradient of the closed form are zero."""
     options = {"kl.strategy": "step", "kl.step_kl": "closed_form", "kl.lambda_max": 1e3, "optimizer.lr": 1e-3}
