@@ -93,11 +93,14 @@ class CheckpointStore:
         except BaseException:
             self._discard(saving.directory)
             raise
-        if dist.get_rank() == 0:
-            saving.directory.rename(self.path(iteration))
-            _sync(self.directory)
-            self._thin_out()
-        dist.barrier(group=dist.group.WORLD)
+        with on_all_ranks():  # rank 0 works, and the others must learn how it went
+            if dist.get_rank() == 0:
+                try:
+                    saving.directory.rename(self.path(iteration))
+                    _sync(self.directory)
+                    self._thin_out()
+                except OSError as error:
+                    raise UserError(f"{self.directory}: cannot be changed ({error.strerror})") from error
 
     def _thin_out(self) -> None:
         if self.keep_last is None:
