@@ -43,3 +43,22 @@ class PromptEmbedding:
             self.encoder_hidden_states_2[keep_2],
             self.encoder_attention_mask_2[keep_2],
         )
+
+
+@dataclass(frozen=True)
+class ImageEmbedding:
+    """One reference image of image-to-video at one video size, without the batch axis.
+
+    SigLIP's tokens for the transformer's text side, and the VAE's latents of the image, which stand in the condition
+    channels of the first latent frame.
+    """
+
+    image_embeds: torch.Tensor  # [L3, D3]
+    first_frame: torch.Tensor  # [C, h, w], float32, in the scale of the transformer's latents
+
+    def __post_init__(self) -> None:
+        if self.image_embeds.ndim != 2 or self.first_frame.ndim != 3:
+            raise UserError(
+                f"image_embeds {list(self.image_embeds.shape)}, first_frame {list(self.first_frame.shape)}: "
+                "expected [tokens, features] and [channels, height, width] of one image, without a batch axis"
+            )

@@ -1,12 +1,21 @@
 """Prompt files, and the order in which training visits their lines."""
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_sage.errors import UserError
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """What one video is made of: a text, and in image-to-video the image that it begins with."""
+
+    text: str
+    image: Path | None = None
 
 
 def read_prompts(path: str | Path) -> list[str]:
