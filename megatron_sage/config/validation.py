@@ -100,8 +100,11 @@ _BOUNDS: list[tuple[str, str, float, str]] = [
 ]
 
 
-def validate(config: Config, world_size: int) -> None:
-    """Raises UserError, one line, at the first rule that `config` breaks on `world_size` processes."""
+def validate(config: Config, world_size: int, training: bool = True) -> None:
+    """Raises UserError, one line, at the first rule that `config` breaks on `world_size` processes.
+
+    `training=False`: only what sampling needs; its prompts may come from elsewhere, and nothing is rewarded or learnt.
+    """
     # Types again: a Config built in Python has not passed through load_config.
     bind(Config, dataclasses.asdict(config), "", {})
     for key, comparison, bound, cure in _BOUNDS:
@@ -109,15 +112,19 @@ def validate(config: Config, world_size: int) -> None:
         if value is not None and not _COMPARE[comparison](value, bound):
             _refuse(key, value, f"must be {comparison} {bound}; {cure}")
     _check_names(config)
-    _check_layout(config, world_size)
+    replicas = check_world(config.parallel, world_size)
     _check_video(config)
-    _check_method(config)
     check_precision(config)
-    check_optimizer(config)
     check_lora(config)
+    _check_files(config)
+    if not training:
+        return
+    _check_groups(config, replicas)
+    _check_method(config)
+    check_optimizer(config)
     check_state(config)
     _check_reward(config)
-    _check_files(config)
+    _check_prompt_files(config)
     _check_updates(config, world_size)
 
 
@@ -144,8 +151,7 @@ def _check_names(config: Config) -> None:
         _refuse("output_dir", config.output_dir, "is a file; name a directory")
 
 
-def _check_layout(config: Config, world_size: int) -> None:
-    replicas = check_world(config.parallel, world_size)
+def _check_groups(config: Config, replicas: int) -> None:
     if config.grpo.prompts_per_iteration % replicas:
         rule = f"must be a multiple of the data-parallel size {replicas}; each replica takes whole prompts"
         _refuse("grpo.prompts_per_iteration", config.grpo.prompts_per_iteration, rule)
@@ -232,12 +238,15 @@ def _check_files(config: Config) -> None:
         _refuse("model.weights", weights, f"must name a Megatron checkpoint directory; {cure}")
     elif not Path(weights).is_dir():
         _refuse("model.weights", weights, f"no such directory; {cure}")
-    _check_prompts("data.prompts", config.data.prompts)
-    if config.evaluation.prompts is not None:
-        _check_prompts("evaluation.prompts", config.evaluation.prompts)
     cache = config.data.embedding_cache
     if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
         _refuse("data.embedding_cache", cache, "is a file; name a directory")
+
+
+def _check_prompt_files(config: Config) -> None:
+    _check_prompts("data.prompts", config.data.prompts)
+    if config.evaluation.prompts is not None:
+        _check_prompts("evaluation.prompts", config.evaluation.prompts)
 
 
 def _check_architecture(config: Config, path: Path) -> None:

@@ -17,11 +17,12 @@ from megatron_sage.parallel.sequence import TokenShard, pad_tokens
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt's text, conditional and unconditional, each of batch 1 and without padding."""
+    """One prompt, conditional and unconditional, each of batch 1 and without padding; its image in image-to-video."""
 
     text: str
     conditional: TextCondition
     unconditional: TextCondition
+    image_SC: torch.Tensor | None = None  # image-to-video: what `image_channels` says of this rank's video tokens
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,26 @@ def expand(text: TextCondition, batch: int) -> TextCondition:
     return TextCondition(*(x.expand(batch, -1, -1) for x in (text.qwen_BLD, text.byt5_BLD, text.image_BLD)))
 
 
-def model_input(x_SBC: torch.Tensor, in_channels: int, dtype: torch.dtype) -> torch.Tensor:
+def image_channels(first_frame: torch.Tensor, shape: VideoShape) -> torch.Tensor:
+    """What an image says of this rank's video tokens, [S, C + 1]: its latents [C, h, w] and mask 1 in the first latent
+    frame, zeros in all others (and at padding tokens).
+    """
+    frames, height, width = shape.grid
+    whole = first_frame.new_zeros(frames, height, width, shape.channels + 1)
+    whole[0, :, :, :-1] = first_frame.movedim(0, -1)
+    whole[0, :, :, -1] = 1
+    return shape.shard.shard(whole.flatten(0, 2))
+
+
+def model_input(
+    x_SBC: torch.Tensor, in_channels: int, dtype: torch.dtype, image_SC: torch.Tensor | None = None
+) -> torch.Tensor:
     """Latents followed by the condition latents and mask, zero for text-to-video: [S, B, in_channels]."""
-    condition = x_SBC.new_zeros((*x_SBC.shape[:-1], in_channels - x_SBC.shape[-1]))
+    batch = x_SBC.shape[1]
+    if image_SC is None:
+        condition = x_SBC.new_zeros((x_SBC.shape[0], batch, in_channels - x_SBC.shape[-1]))
+    else:
+        condition = image_SC[:, None].expand(-1, batch, -1).to(x_SBC.dtype)
     return torch.cat([x_SBC, condition], dim=-1).to(dtype)
 
 
@@ -102,7 +120,7 @@ class Network:
         video_SBC = None
         if network.pre_process:
             assert x_SBC is not None
-            video_SBC = model_input(x_SBC, network.config.in_channels, network.config.params_dtype)
+            video_SBC = model_input(x_SBC, network.config.in_channels, network.config.params_dtype, prompt.image_SC)
         timestep_B = self._timesteps(sigma, batch)
         text = expand(self.text(prompt, branch), batch)
         return (model or network)(video_SBC, timestep_B, text, self.shape.grid, packed_SBH=packed)

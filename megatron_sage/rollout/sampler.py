@@ -93,12 +93,15 @@ def sample_latents(
     seed: int,
     stream: int,
     on_step: Callable[[], None] = lambda: None,
+    noise_of: Callable[[MicroTrajectory, int], torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Only the finished latents, [S, B, C] on every stage: validation and `sample`."""
+    """Only the finished latents, [S, B, C] on every stage: validation and `sample`.
+
+    `noise_of`: this rank's tokens of the noise of a flight's step, [S, B, C]; in place of `seed` and `stream`.
+    """
     trajectories = [MicroTrajectory(f.group, f.samples, f.prompt) for f in flights]
-    work = Denoising(
-        network, table, trajectories, partial(_noise, network.shape, seed, stream, network.device), on_step
-    )
+    noise_of = noise_of or partial(_noise, network.shape, seed, stream, network.device)
+    work = Denoising(network, table, trajectories, noise_of, on_step)
     run(work, len(table.std), chained=True)
     return [_on_every_stage(network, x_SBC, f) for x_SBC, f in zip(work.present, flights, strict=True)]
 
