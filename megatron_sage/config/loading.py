@@ -174,14 +174,47 @@ def _typed(value: Any, annotation: Any, key: str, origins: dict[str, str]) -> An
             raise UserError(f"{key}={_show(value)}{where}: {problem}; {_choose(str(value), choices)}")
         return value
     if get_origin(annotation) is dict:
+        free = get_args(annotation)[1] is Any
         if not isinstance(value, dict):
-            raise UserError(f"{key}={_show(value)}{where}: expects a mapping such as {{VQ: 0.5, TA: 1.0}}")
+            example = "{checkpoint: models/VideoReward}" if free else "{VQ: 0.5, TA: 1.0}"
+            raise UserError(f"{key}={_show(value)}{where}: expects a mapping such as {example}")
+        if free:
+            return _plain(value, key, where)
         return {str(name): _scalar(item, float, f"{key}.{name}", where) for name, item in value.items()}
     if get_origin(annotation) is list:
+        kind = get_args(annotation)[0]
         if not isinstance(value, list):
-            raise UserError(f"{key}={_show(value)}{where}: expects a list such as [2, 4]")
-        return [_scalar(item, get_args(annotation)[0], f"{key}[{i}]", where) for i, item in enumerate(value)]
+            example = "[{function: module:name}]" if dataclasses.is_dataclass(kind) else "[2, 4]"
+            raise UserError(f"{key}={_show(value)}{where}: expects a list such as {example}")
+        read = _item if dataclasses.is_dataclass(kind) else _scalar
+        return [read(item, kind, f"{key}[{i}]", where) for i, item in enumerate(value)]
     return _scalar(value, annotation, key, where)
+
+
+def _item(value: Any, cls: Any, key: str, where: str) -> Any:
+    """A dataclass out of a list's item, which may leave fields out."""
+    hints = get_type_hints(cls)
+    if not isinstance(value, dict):
+        raise UserError(f"{key}={_show(value)}{where}: expects a mapping with {', '.join(hints)}")
+    for name in value:
+        if name not in hints:
+            match = nearest(str(name), hints)
+            cure = f"did you mean {match}?" if match else f"known here: {', '.join(hints)}"
+            raise UserError(f"{key}.{name}{where}: unknown key; {cure}")
+    return bind(cls, dataclasses.asdict(cls()) | value, f"{key}.", {})
+
+
+def _plain(value: Any, key: str, where: str) -> Any:
+    """What YAML can hold: a scalar, a list or a mapping; nothing else could be written to the run's config.yaml."""
+    if isinstance(value, dict):
+        return {str(name): _plain(item, f"{key}.{name}", where) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, f"{key}[{i}]", where) for i, item in enumerate(value)]
+    if value is None:
+        return None
+    if type(value) not in _EXPECTED:
+        raise UserError(f"{key}={_show(value)}{where}: expects a number, text, list or mapping")
+    return _scalar(value, type(value), key, where)
 
 
 def _scalar(value: Any, kind: type, key: str, where: str) -> Any:

@@ -5,7 +5,7 @@ Where a default comes from is said beside it: "paper" is SAGE-GRPO (arXiv 2603.2
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 ContextBackend = Literal["auto", "ulysses", "allgather", "te_p2p", "te_a2a", "te_a2a+p2p"]
 SdeType = Literal["sage_grpo", "dance_grpo", "flow_grpo", "cps", "cps_unnormalized"]
@@ -131,12 +131,23 @@ class KlConfig:
 
 
 @dataclass
+class MoreReward:
+    """One further reward of a run, an item of `reward.more`."""
+
+    function: str = ""  # import path "module:name"; required
+    settings: dict[str, Any] = field(default_factory=dict)  # keyword arguments of its class
+
+
+@dataclass
 class RewardConfig:
     """What is maximised."""
 
     function: str = "megatron_sage.rewards.shapes:ShapesReward"  # import path "module:name" (ours)
+    settings: dict[str, Any] = field(default_factory=dict)  # keyword arguments of that class, e.g. {checkpoint: DIR}
+    more: list[MoreReward] = field(default_factory=list)  # further rewards; their dimensions are weighed with the first
     weights: dict[str, float] = field(default_factory=lambda: {"VQ": 0.5, "MQ": 0.5, "TA": 1.0})  # paper: setting B
     watch: str | None = None  # "module:name" of a second reward that is logged and never trained on (ours)
+    watch_settings: dict[str, Any] = field(default_factory=dict)  # keyword arguments of that class
 
 
 @dataclass

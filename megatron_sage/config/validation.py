@@ -5,7 +5,6 @@ check here reads only the configuration, the world size and files, so all ranks 
 """
 
 import dataclasses
-import importlib
 import json
 import operator
 import re
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sage.config.layout import check_model_layout, check_schedule, check_world
-from megatron_sage.config.loading import bind, nearest
+from megatron_sage.config.loading import bind
+from megatron_sage.config.reward_rules import check_reward
 from megatron_sage.config.schema import Config, lambda_max
 from megatron_sage.config.state_rules import (
     check_fp8_blocks,
@@ -123,7 +123,7 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
     _check_method(config)
     check_optimizer(config)
     check_state(config)
-    _check_reward(config)
+    check_reward(config)
     _check_prompt_files(config)
     _check_updates(config, world_size)
 
@@ -187,38 +187,6 @@ def _check_method(config: Config) -> None:
     if config.sampler.sde_type.startswith("cps") and config.sampler.eta > 1:
         # std = σ'·sin(ηπ/2) turns back beyond η = 1: more noise asked for, less given.
         _refuse("sampler.eta", config.sampler.eta, "must be <= 1 for cps, whose noise is σ·sin(ηπ/2)")
-
-
-def _check_reward(config: Config) -> None:
-    weights = config.reward.weights
-    if not any(weights.values()):
-        _refuse("reward.weights", weights, "must give at least one dimension a weight other than 0")
-    found = _imported("reward.function", config.reward.function)
-    if config.reward.watch is not None:
-        _imported("reward.watch", config.reward.watch)
-    dimensions = getattr(found, "dimensions", ())
-    if isinstance(dimensions, (tuple, list)) and dimensions:
-        for given in weights:
-            if given not in dimensions:
-                match = nearest(given, list(dimensions))
-                cure = f"did you mean {match}? " if match else ""
-                rule = f"the reward has no such dimension; {cure}choose from {', '.join(dimensions)}"
-                _refuse(f"reward.weights.{given}", weights[given], rule)
-
-
-def _imported(key: str, function: str) -> Any:
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", function):
-        _refuse(key, function, 'must be "module:name", e.g. megatron_sage.rewards.shapes:ShapesReward')
-    module_name, _, name = function.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        _refuse(key, function, f"cannot be imported: {error}; is it installed or on PYTHONPATH? See docs/rewards.md")
-    if not hasattr(module, name):
-        match = nearest(name, [n for n in vars(module) if not n.startswith("_")])
-        cure = f"did you mean {match}?" if match else "check the name"
-        _refuse(key, function, f"module {module_name} has no {name}; {cure}")
-    return getattr(module, name)
 
 
 def _check_files(config: Config) -> None:

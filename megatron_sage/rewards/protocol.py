@@ -1,7 +1,8 @@
 """What a reward is: scores of decoded clips, one array per dimension, higher better."""
 
 import importlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,10 +26,13 @@ class Reward(Protocol):
         ...
 
 
-def load_reward(path: str, key: str = "reward.function", **settings: Any) -> Reward:
+def load_reward(
+    path: str, key: str = "reward.function", settings: Mapping[str, Any] | None = None, device: Any = None
+) -> Reward:
     """The reward named by an import path `module:name`; a class is instantiated with `settings`.
 
-    Raises UserError, in one line, where the path cannot be imported or what it names is no reward.
+    A class with a parameter `device` is given `device` where the settings do not name one. Raises UserError, in one
+    line, where the path cannot be imported or what it names is no reward.
     """
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
@@ -43,10 +47,28 @@ def load_reward(path: str, key: str = "reward.function", **settings: Any) -> Rew
         raise UserError(f"{key}={path!r}: module {module_name!r} has no {name!r}")
     reward = getattr(module, name)
     if isinstance(reward, type):
-        reward = reward(**settings)
+        given = dict(settings or {})
+        if device is not None and "device" in inspect.signature(reward).parameters:
+            given.setdefault("device", device)
+        reward = reward(**given)
     if not (isinstance(reward, Reward) and reward.dimensions):
         raise UserError(f"{key}={path!r}: a reward is callable and has `dimensions`, a tuple of names")
     return reward
+
+
+def check_scores(
+    scores: Mapping[str, np.ndarray], dimensions: Sequence[str], number: int, who: str
+) -> dict[str, np.ndarray]:
+    """The named dimensions of what a reward returned, as float64 [number]; what is not finite stays as it is."""
+    found = {}
+    for name in dimensions:
+        if name not in scores:
+            raise UserError(f"{who}: returned no {name}; its dimensions are {', '.join(dimensions)}")
+        values = np.asarray(scores[name], np.float64)
+        if values.shape != (number,):
+            raise UserError(f"{who}: {name} has shape {list(values.shape)} for {number} videos; return one number each")
+        found[name] = values
+    return found
 
 
 def check_inputs(videos: Sequence[np.ndarray], prompts: Sequence[str], fps: float) -> None:

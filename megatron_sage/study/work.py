@@ -17,10 +17,10 @@ from megatron_sage.data.prompts import read_prompts
 from megatron_sage.engine import build_engine, encode_prompts, initialize_groups, load_codec
 from megatron_sage.errors import UserError
 from megatron_sage.reporting.progress import Reporter
+from megatron_sage.rewards.build import build_reward
 from megatron_sage.study.cells import Run
 from megatron_sage.training.evaluation import held_out
 from megatron_sage.training.optimizer import build_optimizer, wrap
-from megatron_sage.training.run import build_reward
 from megatron_sage.training.trainer import Trainer
 
 CURVE = ["reward/mean", "reward/std", "reward/VQ", "reward/MQ", "reward/TA", "kl/position", "kl/velocity"]
@@ -37,7 +37,7 @@ def execute(run: Run, config: Config) -> dict[str, Any]:
     assert config.evaluation.prompts is not None
     unseen = read_prompts(config.evaluation.prompts)
     prompts = encode_prompts(config, engine, [*texts, *unseen])
-    codec, reward, silent = load_codec(config), build_reward(config), Reporter(False)
+    codec, reward, silent = load_codec(config), build_reward(config.reward), Reporter(False)
     trainer = Trainer(engine, ddp, optimizer, [prompts[text] for text in texts], codec, reward, silent)
     validation = [prompts[text] for text in unseen]
     before, _ = held_out("before", engine, validation, codec, reward, silent)

@@ -16,11 +16,11 @@ from megatron_sage.model.lora_targets import is_adapter
 from megatron_sage.parallel import groups as process_groups
 from megatron_sage.parallel.context import choose_backend
 from megatron_sage.parallel.control import Stopped
+from megatron_sage.parallel.device import device
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.reporting.report import write_report
 from megatron_sage.reporting.schedule import write_schedule
-from megatron_sage.rewards.composite import WithWatch
-from megatron_sage.rewards.protocol import Reward, load_reward
+from megatron_sage.rewards.build import build_reward
 from megatron_sage.training.evaluation import describe_evaluation, evaluate
 from megatron_sage.training.export import write_export
 from megatron_sage.training.metrics import MetricsLog, environment
@@ -58,7 +58,7 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
     texts = read_prompts(config.data.prompts)
     held_out = read_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
     prompts = encode_prompts(config, engine, [*texts, *held_out])
-    codec, reward = load_codec(config), build_reward(config)
+    codec, reward = load_codec(config), build_reward(config.reward, device())
     trainer = supervision.trainer = Trainer(
         engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter
     )
@@ -100,14 +100,6 @@ def resumes(config: Config) -> bool:
     """Whether the run goes on from a checkpoint; `auto` where there is one."""
     found = newest(Path(config.output_dir) / "checkpoints") is not None
     return config.training.resume == "yes" or (config.training.resume == "auto" and found)
-
-
-def build_reward(config: Config) -> Reward:
-    """What is trained on, with what is only watched."""
-    reward = load_reward(config.reward.function)
-    if config.reward.watch is None:
-        return reward
-    return WithWatch(reward, load_reward(config.reward.watch, "reward.watch"))
 
 
 def _say_layout(config: Config, engine: Engine, reporter: Reporter) -> None:

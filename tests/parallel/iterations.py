@@ -39,8 +39,8 @@ def prepare(arguments: list[str], processes: int, kind: Any = None) -> Any:
     from megatron_sage.data.prompts import read_prompts
     from megatron_sage.engine import build_engine, encode_prompts, initialize_groups, load_codec
     from megatron_sage.reporting.progress import Reporter
+    from megatron_sage.rewards.build import build_reward
     from megatron_sage.training.optimizer import build_optimizer, wrap
-    from megatron_sage.training.run import build_reward
     from megatron_sage.training.trainer import Trainer
 
     config = load_config(None, arguments)
@@ -51,7 +51,7 @@ def prepare(arguments: list[str], processes: int, kind: Any = None) -> Any:
     optimizer = build_optimizer(config, ddp, engine.dtype)
     texts = read_prompts(config.data.prompts)
     prompts = encode_prompts(config, engine, texts)
-    codec, reward = load_codec(config), build_reward(config)
+    codec, reward = load_codec(config), build_reward(config.reward)
     return (kind or Trainer)(engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, Reporter(False))
 
 
