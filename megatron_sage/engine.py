@@ -1,6 +1,7 @@
 """Everything a run needs, built once: groups, policy, prompts with their text, codec, reward, step table."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +12,15 @@ import torch.distributed as dist
 
 from megatron_sage import parallel  # noqa: F401  (CPU backend before Megatron)
 from megatron_sage.checkpoint.distributed import load_weights
-from megatron_sage.conditioning.cache import EmbeddingCache
+from megatron_sage.checkpoint.staging import on_all_ranks
 from megatron_sage.conditioning.codec import VideoCodec
-from megatron_sage.conditioning.words import WordEncoder
+from megatron_sage.conditioning.embedding import ImageEmbedding, PromptEmbedding
+from megatron_sage.conditioning.prepare import NEGATIVE, fill_cache, load_prompt, open_conditions, share
 from megatron_sage.config import Config
 from megatron_sage.config.layout import chunks_of_stage
+from megatron_sage.config.model_defaults import is_image_to_video
+from megatron_sage.data.prompts import PromptRow
+from megatron_sage.errors import UserError
 from megatron_sage.grpo.equalizer import gradient_scales
 from megatron_sage.grpo.schedule import shifted_sigmas
 from megatron_sage.grpo.sde import StepCoefficients, is_normalized, step_coefficients
@@ -29,7 +34,8 @@ from megatron_sage.parallel import groups as process_groups
 from megatron_sage.parallel.control import Control
 from megatron_sage.parallel.device import device
 from megatron_sage.parallel.groups import Groups
-from megatron_sage.rollout.policy import Network, Prompt, VideoShape
+from megatron_sage.reporting.progress import Reporter
+from megatron_sage.rollout.policy import Network, Prompt, VideoShape, image_channels
 from megatron_sage.rollout.transitions import StepTable
 from megatron_sage.training.precision import fp8_fields
 
@@ -190,24 +196,59 @@ def load_codec(config: Config) -> VideoCodec:
     return VideoCodec.from_pretrained(Path(config.model.pretrained) / "vae", device=target, dtype=dtype)
 
 
-def encode_prompts(config: Config, engine: Engine, texts: list[str]) -> dict[str, Prompt]:
-    """Each text's conditioning through the embedding cache; rank 0 encodes what the cache lacks."""
-    encoder = WordEncoder.from_pretrained(Path(config.model.pretrained) / "text_encoder")
-    directory = Path(config.data.embedding_cache or Path(config.output_dir) / "embeddings")
-    cache = EmbeddingCache(directory, encoder.fingerprint)
-    wanted = dict.fromkeys([" ", *texts])
-    if engine.groups.rank == 0:
-        for text in wanted:
-            if text not in cache:
-                cache.put(text, encoder.encode(text))
-    dist.barrier(group=dist.group.WORLD)
-    conditions = {text: _condition(cache, text, engine) for text in wanted}
-    return {text: Prompt(text, conditions[text], conditions[" "]) for text in texts}
+def prepare_embeddings(config: Config, groups: Groups, rows: Sequence[PromptRow], negative: str = "") -> None:
+    """Let the embedding cache hold all that `rows` need, each rank making its share of what is missing; all ranks call.
+
+    Before `build_engine`: the encoders are as large as the policy and are gone again when this returns. With a full
+    cache (`megatron-sage encode`) none is loaded.
+
+    Raises:
+        UserError: on all ranks, in one line, for what one of them cannot encode.
+    """
+    with on_all_ranks():
+        check_task(config, rows)
+        rows = [PromptRow(negative or NEGATIVE.text), *rows]
+        texts, pictures = share(rows, groups.rank, groups.world_size)
+        with Reporter(groups.rank == 0).bar("encode", len(texts) + len(pictures)) as tick:
+            fill_cache(config, rows, groups.rank, groups.world_size, device(), tick)
 
 
-def _condition(cache: EmbeddingCache, text: str, engine: Engine) -> TextCondition:
-    """One text without its padding tokens, batch 1, on the device; no image tokens: text-to-video."""
-    embedding = cache.get(text).valid()
-    image = torch.zeros(1, 0, engine.model_config.image_embed_dim)
-    tokens = (embedding.encoder_hidden_states[None], embedding.encoder_hidden_states_2[None], image)
-    return TextCondition(*(x.to(engine.device, engine.dtype) for x in tokens))
+def check_task(config: Config, rows: Sequence[PromptRow]) -> None:
+    """An image-to-video model wants an image for every prompt, a text-to-video model none: UserError."""
+    wanted = is_image_to_video(config.model.pretrained)
+    for number, row in enumerate(rows, 1):
+        if (row.image is not None) != wanted:
+            kind = (
+                "image-to-video: every prompt needs an image"
+                if wanted
+                else "text-to-video: no prompt may have an image"
+            )
+            raise UserError(
+                f"prompt {number} ({row.text[:60]!r}): {config.model.pretrained} is {kind}; change one of them"
+            )
+
+
+def encode_prompts(config: Config, engine: Engine, rows: Sequence[PromptRow], negative: str = "") -> list[Prompt]:
+    """The rows' conditioning out of the embedding cache (`prepare_embeddings`), on this rank's device.
+
+    `negative`: what the unconditional branch reads; it must be in the cache as well, the empty one always is.
+    """
+    unconditional = PromptRow(negative or NEGATIVE.text)
+    conditions = open_conditions(config, [unconditional, *rows])
+    without, _ = load_prompt(config, unconditional, conditions)
+    found: dict[PromptRow, Prompt] = {}
+    for row in dict.fromkeys(rows):
+        text, image = load_prompt(config, row, conditions)
+        first_frame = None
+        if image is not None:
+            first_frame = image_channels(image.first_frame, engine.shape).to(engine.device)
+        found[row] = Prompt(row.text, _condition(text, image, engine), _condition(without, image, engine), first_frame)
+    return [found[row] for row in rows]
+
+
+def _condition(text: PromptEmbedding, image: ImageEmbedding | None, engine: Engine) -> TextCondition:
+    """One text without its padding tokens, batch 1, on the device; with the image's tokens in image-to-video."""
+    text = text.valid()
+    tokens = torch.zeros(0, engine.model_config.image_embed_dim) if image is None else image.image_embeds
+    streams = (text.encoder_hidden_states, text.encoder_hidden_states_2, tokens)
+    return TextCondition(*(x[None].to(engine.device, engine.dtype) for x in streams))

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from megatron_sage.config import Config, validate
-from megatron_sage.data.prompts import read_prompts
-from megatron_sage.engine import build_engine, encode_prompts, initialize_groups, load_codec
+from megatron_sage.data.prompts import read_rows
+from megatron_sage.engine import build_engine, encode_prompts, initialize_groups, load_codec, prepare_embeddings
 from megatron_sage.errors import UserError
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.rewards.build import build_reward
@@ -30,16 +30,17 @@ CURVE += ["lambda", "grad_norm", "clip_fraction"]
 def execute(run: Run, config: Config) -> dict[str, Any]:
     """Train one run from the given weights, evaluate before and after: what goes into the study's tables."""
     begin = time.perf_counter()
-    engine = build_engine(config, initialize_groups(config))
+    assert config.evaluation.prompts is not None
+    rows, unseen = read_rows(config.data.prompts), read_rows(config.evaluation.prompts)
+    groups = initialize_groups(config)
+    prepare_embeddings(config, groups, [*rows, *unseen])
+    engine = build_engine(config, groups)
     ddp = wrap(engine.chunks, engine.groups, config.optimizer.distributed)
     optimizer = build_optimizer(config, ddp, engine.dtype)
-    texts = read_prompts(config.data.prompts)
-    assert config.evaluation.prompts is not None
-    unseen = read_prompts(config.evaluation.prompts)
-    prompts = encode_prompts(config, engine, [*texts, *unseen])
+    prompts = encode_prompts(config, engine, [*rows, *unseen])
     codec, reward, silent = load_codec(config), build_reward(config.reward), Reporter(False)
-    trainer = Trainer(engine, ddp, optimizer, [prompts[text] for text in texts], codec, reward, silent)
-    validation = [prompts[text] for text in unseen]
+    trainer = Trainer(engine, ddp, optimizer, prompts[: len(rows)], codec, reward, silent)
+    validation = prompts[len(rows) :]
     before, _ = held_out("before", engine, validation, codec, reward, silent)
     rows = []
     for _ in range(config.training.iterations):

@@ -9,8 +9,15 @@ import torch.distributed as dist
 
 from megatron_sage.checkpoint.store import CheckpointStore, newest
 from megatron_sage.config import Config, dump
-from megatron_sage.data.prompts import read_prompts
-from megatron_sage.engine import Engine, build_engine, encode_prompts, initialize_groups, load_codec
+from megatron_sage.data.prompts import read_rows
+from megatron_sage.engine import (
+    Engine,
+    build_engine,
+    encode_prompts,
+    initialize_groups,
+    load_codec,
+    prepare_embeddings,
+)
 from megatron_sage.errors import UserError
 from megatron_sage.model.lora_targets import is_adapter
 from megatron_sage.parallel import groups as process_groups
@@ -51,18 +58,17 @@ def train(config: Config) -> int:
 def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, supervision: Supervision) -> None:
     main = groups.rank == 0
     directory = Path(config.output_dir)
+    rows = read_rows(config.data.prompts, **row_options(config))
+    held_out = read_rows(config.evaluation.prompts, **row_options(config)) if config.evaluation.prompts else []
+    prepare_embeddings(config, groups, [*rows, *held_out])
     engine = build_engine(config, groups)
     engine.control = supervision.control
     ddp = wrap(engine.chunks, groups, config.optimizer.distributed)
     optimizer = build_optimizer(config, ddp, engine.dtype)
-    texts = read_prompts(config.data.prompts)
-    held_out = read_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
-    prompts = encode_prompts(config, engine, [*texts, *held_out])
+    prompts = encode_prompts(config, engine, [*rows, *held_out])
     codec, reward = load_codec(config), build_reward(config.reward, device())
-    trainer = supervision.trainer = Trainer(
-        engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter
-    )
-    validation = [prompts[t] for t in held_out]
+    trainer = supervision.trainer = Trainer(engine, ddp, optimizer, prompts[: len(rows)], codec, reward, reporter)
+    validation = prompts[len(rows) :]
     state, checkpoints, settings = TrainState(trainer), directory / "checkpoints", config.training
     if resumes(config):
         state.load(checkpoints)

@@ -36,8 +36,8 @@ def settings(root: Path, name: str, **changes: Any) -> dict[str, Any]:
 def prepare(arguments: list[str], processes: int, kind: Any = None) -> Any:
     """A Trainer (or a subclass) with everything around it, on this rank."""
     from megatron_sage.config import load_config, validate
-    from megatron_sage.data.prompts import read_prompts
-    from megatron_sage.engine import build_engine, encode_prompts, initialize_groups, load_codec
+    from megatron_sage.data.prompts import read_rows
+    from megatron_sage.engine import build_engine, encode_prompts, initialize_groups, load_codec, prepare_embeddings
     from megatron_sage.reporting.progress import Reporter
     from megatron_sage.rewards.build import build_reward
     from megatron_sage.training.optimizer import build_optimizer, wrap
@@ -46,13 +46,14 @@ def prepare(arguments: list[str], processes: int, kind: Any = None) -> Any:
     config = load_config(None, arguments)
     validate(config, processes)
     torch.set_num_threads(1)
-    engine = build_engine(config, initialize_groups(config))
+    rows, groups = read_rows(config.data.prompts), initialize_groups(config)
+    prepare_embeddings(config, groups, rows)
+    engine = build_engine(config, groups)
     ddp = wrap(engine.chunks, engine.groups, config.optimizer.distributed)
     optimizer = build_optimizer(config, ddp, engine.dtype)
-    texts = read_prompts(config.data.prompts)
-    prompts = encode_prompts(config, engine, texts)
+    prompts = encode_prompts(config, engine, rows)
     codec, reward = load_codec(config), build_reward(config.reward)
-    return (kind or Trainer)(engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, Reporter(False))
+    return (kind or Trainer)(engine, ddp, optimizer, prompts, codec, reward, Reporter(False))
 
 
 def job(arguments: list[str], processes: int) -> dict[str, Any] | None:

@@ -186,15 +186,17 @@ def test_ranks_compute_what_one_process_does_and_stay_busy(
 def half_rollout(arguments: list[str], processes: int, folder: str) -> dict[str, Any]:
     """A rollout that keeps bf16 latents, and the schedule's file."""
     from megatron_sage.config import load_config, validate
-    from megatron_sage.data.prompts import read_prompts
-    from megatron_sage.engine import build_engine, encode_prompts, initialize_groups, step_table
+    from megatron_sage.data.prompts import read_rows
+    from megatron_sage.engine import build_engine, encode_prompts, initialize_groups, prepare_embeddings, step_table
     from megatron_sage.reporting.schedule import write_schedule
     from megatron_sage.rollout.sampler import Flight, rollout, transition_log_prob
 
     config = load_config(None, arguments)
     validate(config, processes)
-    engine = build_engine(config, initialize_groups(config))
-    prompt = encode_prompts(config, engine, read_prompts(config.data.prompts)[:1]).popitem()[1]
+    rows, groups = read_rows(config.data.prompts)[:1], initialize_groups(config)
+    prepare_embeddings(config, groups, rows)
+    engine = build_engine(config, groups)
+    (prompt,) = encode_prompts(config, engine, rows)
     table, _ = step_table("sage_grpo", config.sampler.num_steps, config.sampler.shift, config.sampler.eta)
     flights = [Flight(number, [0], prompt) for number in range(4)]
     options = {"seed": 3, "token_group": engine.token_group, "keep_velocity": True, "dtype": torch.bfloat16}
@@ -216,20 +218,20 @@ def half_rollout(arguments: list[str], processes: int, folder: str) -> dict[str,
 def real_rollout(arguments: list[str], processes: int, offload: bool) -> dict[str, Any]:
     """A rollout of the random tiny world; what this rank holds of it."""
     from megatron_sage.config import load_config, validate
-    from megatron_sage.data.prompts import read_prompts
-    from megatron_sage.engine import build_engine, encode_prompts, initialize_groups, step_table
+    from megatron_sage.data.prompts import read_rows
+    from megatron_sage.engine import build_engine, encode_prompts, initialize_groups, prepare_embeddings, step_table
     from megatron_sage.parallel import noise
     from megatron_sage.parallel.pipeline import bubble_fraction
     from megatron_sage.rollout.sampler import Flight, final_latents, reference_velocities, rollout, sample_latents
 
     config = load_config(None, arguments)
     validate(config, processes)
-    groups = initialize_groups(config)
+    rows, groups = read_rows(config.data.prompts), initialize_groups(config)
+    prepare_embeddings(config, groups, rows)
     engine = build_engine(config, groups)
-    texts = read_prompts(config.data.prompts)
-    prompts = encode_prompts(config, engine, texts)
+    prompts = encode_prompts(config, engine, rows)
     table, _ = step_table("sage_grpo", config.sampler.num_steps, config.sampler.shift, config.sampler.eta)
-    flights = [Flight(number, [0], prompts[texts[number % 3]]) for number in range(4)]
+    flights = [Flight(number, [0], prompts[number % 3]) for number in range(4)]
     network = engine.network()
     options = {"seed": 3, "token_group": engine.token_group, "keep_velocity": True, "offload": offload}
     trajectories, occupancy = rollout(network, table, flights, **options)
