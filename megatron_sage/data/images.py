@@ -12,7 +12,7 @@ from PIL import Image, ImageFile, ImageOps
 from megatron_sage.errors import UserError
 
 # What reference images come in. A closed list: Pillow also has decoders that start other programs (EPS).
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 MAX_PIXELS = 89_478_485  # 256 MB as RGB: Pillow's own limit, kept here for a process that has switched it off
 _ADVICE = {
@@ -72,6 +72,7 @@ def opened(path: Path, content: bytes) -> Iterator[Image.Image]:
     """The picture with its header read and checked, its pixels not yet decoded."""
     if not content:
         raise UserError(f"{path}: the file is empty; expects a picture")
+    Image.init()  # registers the formats that Pillow does not load by itself
     _check_png(content)
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:

@@ -1,5 +1,6 @@
 """Videos as arrays: which frames are taken, and how they are decoded and cropped."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -83,7 +84,8 @@ def select(path: Path, times: list[Fraction], frames: int, fps: float | None) ->
         if frames > len(times):
             raise UserError(f"{path}: {len(times)} frames, {frames} are wanted; use a longer video or fewer frames")
         return list(range(frames))
-    rate = Fraction(fps).limit_denominator(100_000)  # 23.976 as a float is no fraction that times are multiples of
+    # 23.976 as a float is no fraction that times are multiples of; a rate below 1e-5 stays what it is.
+    rate = Fraction(fps).limit_denominator(100_000) or Fraction(fps)
     spacing = times[-1] / (len(times) - 1) if len(times) > 1 else 1 / rate
     end = times[-1] + spacing  # the last frame is shown that long
     if (frames - 1) / rate >= end:
@@ -91,12 +93,12 @@ def select(path: Path, times: list[Fraction], frames: int, fps: float | None) ->
             f"{path}: {float(end):.3f} s, {frames} frames at {fps:g} a second need more than "
             f"{float((frames - 1) / rate):.3f} s; use a longer video or fewer frames"
         )
-    indices, index = [], 0
+    indices = []
     for number in range(frames):
         moment = number / rate
-        while index + 1 < len(times) and abs(times[index + 1] - moment) < abs(times[index] - moment):
-            index += 1
-        indices.append(index)
+        after = bisect_left(times, moment)
+        near = [times[i] for i in (after - 1, after) if 0 <= i < len(times)]
+        indices.append(bisect_left(times, min(near, key=lambda time: abs(time - moment))))
     return indices
 
 
