@@ -238,7 +238,7 @@ def _check_architecture(config: Config, path: Path) -> None:
 
 def _check_prompts(config: Config, key: str, path: str) -> None:
     """The file through its own reader; images must exist, but none is decoded here."""
-    from megatron_sage.data.prompts import read_report
+    from megatron_sage.data.prompts import read_dataset
     from megatron_sage.data.tables import is_text
 
     if not path:
@@ -251,12 +251,7 @@ def _check_prompts(config: Config, key: str, path: str) -> None:
             if (value := getattr(data, name)) is not None:
                 _refuse(f"data.{name}", value, f"{path} is plain text and has no columns; use csv, or set it to null")
     try:
-        read_report(
-            path,
-            prompt_column=data.prompt_column,
-            image_column=data.image_column,
-            skip_unreadable=data.skip_unreadable,
-        )
+        read_dataset(data, path)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_sage.checkpoint.store import CheckpointStore, newest
 from megatron_sage.config import Config, dump
-from megatron_sage.data.prompts import read_prompts
+from megatron_sage.data.prompts import DataReport, read_dataset
 from megatron_sage.engine import Engine, build_engine, encode_prompts, initialize_groups, load_codec
 from megatron_sage.errors import UserError
 from megatron_sage.model.lora_targets import is_adapter
@@ -55,13 +55,15 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
     engine.control = supervision.control
     ddp = wrap(engine.chunks, groups, config.optimizer.distributed)
     optimizer = build_optimizer(config, ddp, engine.dtype)
-    texts = read_prompts(config.data.prompts)
-    held_out = read_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
+    data, held_out_data = _read_data(config, groups, reporter)
+    texts = [row.text for row in data.rows]
+    held_out = [row.text for row in held_out_data.rows] if held_out_data else []
     prompts = encode_prompts(config, engine, [*texts, *held_out])
     codec, reward = load_codec(config), build_reward(config.reward, device())
     trainer = supervision.trainer = Trainer(
         engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter
     )
+    trainer.cursor.digest = data.digest
     validation = [prompts[t] for t in held_out]
     state, checkpoints, settings = TrainState(trainer), directory / "checkpoints", config.training
     if resumes(config):
@@ -94,6 +96,32 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
     if main:
         reporter.line(f"report: {write_report(directory)}")
     dist.barrier(group=dist.group.WORLD)
+
+
+def _read_data(
+    config: Config, groups: process_groups.Groups, reporter: Reporter
+) -> tuple[DataReport, DataReport | None]:
+    """Training and held-out prompts, every image decoded once, by rank 0: all ranks hold the same rows or stop.
+
+    What was skipped or doubled is said once and kept in data.json.
+    """
+    paths = [path for path in (config.data.prompts, config.evaluation.prompts) if path]
+    found: list[Any] = [None]
+    if groups.rank == 0:
+        try:
+            found = [[read_dataset(config.data, path, decode=True) for path in paths]]
+        except UserError as error:
+            found = [error]
+    dist.broadcast_object_list(found, src=0, group=dist.group.WORLD)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    reports: list[DataReport] = found[0]
+    for note in [note for report in reports for note in report.notes]:
+        reporter.line(note)
+    if groups.rank == 0:
+        summary = json.dumps([report.summary() for report in reports], indent=1, ensure_ascii=False)
+        (Path(config.output_dir) / "data.json").write_text(summary + "\n", encoding="utf-8")
+    return reports[0], reports[1] if len(reports) > 1 else None
 
 
 def resumes(config: Config) -> bool:
