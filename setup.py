@@ -36,12 +36,14 @@ EXTRAS = {
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
     "deepspeed": ["deepspeed>=0.19,<0.20"],
     "dali": ["nvidia-dali-cuda130>=1.52,<3"],
+    "parquet": ["pyarrow>=21,<27"],
     "rewards": ["peft>=0.21,<0.22"],
     "dev": [
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",
         "hypothesis>=6.150,<7",
         "peft>=0.21,<0.22",  # the judge of the adapters
+        "pyarrow>=21,<27",
         "ruff>=0.17,<0.18",
         "mypy>=2.4,<3",
         "types-PyYAML>=6,<7",

@@ -14,7 +14,7 @@ from megatron_sage import parallel  # noqa: F401  (CPU backend before Megatron)
 from megatron_sage.config import Config, load_config, validate
 from megatron_sage.config.model_defaults import WIDE, model_defaults
 from megatron_sage.data.images import read_image
-from megatron_sage.data.prompts import PromptRow, read_rows
+from megatron_sage.data.prompts import PromptRow, read_dataset
 from megatron_sage.engine import (
     Engine,
     build_engine,
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         path = arguments.prompts or config.data.prompts
         if not path:
             raise UserError("sample: nothing to make a video of; give --prompt TEXT, --prompts FILE or data.prompts")
-        rows = read_rows(path)
+        rows = read_dataset(config.data, path, decode=config.data.skip_unreadable).rows
     if config.precision.threads:
         torch.set_num_threads(config.precision.threads)
     given = read_noise(arguments.noise, config, len(rows) * arguments.samples) if arguments.noise else None

@@ -325,7 +325,7 @@ def test_unusable_files(files, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n \n")
     assert "the file is empty" in refusal(files)
     (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe\xff")
-    assert "not readable as UTF-8" in refusal(files)
+    assert "not UTF-8" in refusal(files)
     (tmp_path / "model" / "vae" / "config.json").unlink()
     assert "has no vae/config.json" in refusal(files)
 

@@ -189,7 +189,12 @@ class LoraConfig:
 class DataConfig:
     """Prompts and what is kept of their encoding."""
 
-    prompts: str = ""  # text file, one prompt a line
+    prompts: str = ""  # .txt (one prompt a line), .csv, .tsv, .jsonl or .parquet (columns prompt, ref_image_path)
+    prompt_column: str | None = None  # column of the texts; null: prompt (ours)
+    image_column: str | None = None  # column of the first frames' files; null: ref_image_path or a like name (ours)
+    skip_unreadable: bool = False  # leave out rows whose image is missing or damaged, counted; false: refuse (ours)
+    backend: Literal["auto", "dali", "pillow"] = "auto"  # decoder of images and videos; auto: NVIDIA DALI where there
+    # is a GPU and the extra `dali` is installed, else Pillow and PyAV (ours)
     embedding_cache: str | None = None  # directory of encoded prompts; None: inside the run's directory
 
 
@@ -212,7 +217,7 @@ class TrainingConfig:
 class EvaluationConfig:
     """Held-out samples before and after, made from the same noise."""
 
-    prompts: str | None = None  # text file, one held-out prompt a line; None: no evaluation
+    prompts: str | None = None  # file of held-out prompts, as for data.prompts; None: no evaluation
     samples_per_prompt: int = 1  # videos of each prompt
     num_steps: int = 40  # denoising steps (paper: 40 in validation)
     videos: int = 8  # how many of them are kept and shown in the report

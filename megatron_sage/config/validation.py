@@ -24,6 +24,7 @@ from megatron_sage.config.state_rules import (
     check_precision,
     check_state,
 )
+from megatron_sage.data.backend import check_backend
 from megatron_sage.errors import UserError
 
 ARCHITECTURE = "HunyuanVideo15Transformer3DModel"
@@ -212,9 +213,10 @@ def _check_files(config: Config) -> None:
 
 
 def _check_prompt_files(config: Config) -> None:
-    _check_prompts("data.prompts", config.data.prompts)
+    _check_prompts(config, "data.prompts", config.data.prompts)
     if config.evaluation.prompts is not None:
-        _check_prompts("evaluation.prompts", config.evaluation.prompts)
+        _check_prompts(config, "evaluation.prompts", config.evaluation.prompts)
+    check_backend(config.data.backend)
 
 
 def _check_architecture(config: Config, path: Path) -> None:
@@ -234,17 +236,24 @@ def _check_architecture(config: Config, path: Path) -> None:
     check_lora_sizes(config, content)
 
 
-def _check_prompts(key: str, path: str) -> None:
+def _check_prompts(config: Config, key: str, path: str) -> None:
+    """The file through its own reader; images must exist, but none is decoded here."""
+    from megatron_sage.data.prompts import read_dataset
+    from megatron_sage.data.tables import is_text
+
     if not path:
-        _refuse(key, "", "must name a text file, one prompt a line")
+        _refuse(key, "", "must name a text file, one prompt a line, or a .csv, .tsv, .jsonl or .parquet file")
     if not Path(path).is_file():
-        _refuse(key, path, "no such file; it is a text file, one prompt a line")
+        _refuse(key, path, "no such file; it holds one prompt a line, or is a .csv, .tsv, .jsonl or .parquet file")
+    data = config.data
+    if key == "data.prompts" and is_text(Path(path)):
+        for name in ("prompt_column", "image_column"):
+            if (value := getattr(data, name)) is not None:
+                _refuse(f"data.{name}", value, f"{path} is plain text and has no columns; use csv, or set it to null")
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}={path}: not readable as UTF-8 text: {error}") from error
-    if not text.strip():
-        _refuse(key, path, "the file is empty; write one prompt a line")
+        read_dataset(data, path)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def _check_updates(config: Config, world_size: int) -> None:

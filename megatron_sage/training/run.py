@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_sage.checkpoint.store import CheckpointStore, newest
 from megatron_sage.config import Config, dump
-from megatron_sage.data.prompts import read_rows
+from megatron_sage.data.prompts import DataReport, read_dataset
 from megatron_sage.engine import (
     Engine,
     build_engine,
@@ -58,8 +58,8 @@ def train(config: Config) -> int:
 def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, supervision: Supervision) -> None:
     main = groups.rank == 0
     directory = Path(config.output_dir)
-    rows = read_rows(config.data.prompts, **row_options(config))
-    held_out = read_rows(config.evaluation.prompts, **row_options(config)) if config.evaluation.prompts else []
+    data, held_out_data = _read_data(config, groups, reporter)
+    rows, held_out = data.rows, held_out_data.rows if held_out_data else []
     prepare_embeddings(config, groups, [*rows, *held_out])
     engine = build_engine(config, groups)
     engine.control = supervision.control
@@ -68,6 +68,7 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
     prompts = encode_prompts(config, engine, [*rows, *held_out])
     codec, reward = load_codec(config), build_reward(config.reward, device())
     trainer = supervision.trainer = Trainer(engine, ddp, optimizer, prompts[: len(rows)], codec, reward, reporter)
+    trainer.cursor.digest = data.digest
     validation = prompts[len(rows) :]
     state, checkpoints, settings = TrainState(trainer), directory / "checkpoints", config.training
     if resumes(config):
@@ -100,6 +101,32 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
     if main:
         reporter.line(f"report: {write_report(directory)}")
     dist.barrier(group=dist.group.WORLD)
+
+
+def _read_data(
+    config: Config, groups: process_groups.Groups, reporter: Reporter
+) -> tuple[DataReport, DataReport | None]:
+    """Training and held-out prompts, read by rank 0: all ranks hold the same rows or stop.
+
+    Where damaged images may be skipped, each is decoded; else the first one stops the run when it is encoded. What was skipped or doubled is said once and kept in data.json.
+    """
+    paths = [path for path in (config.data.prompts, config.evaluation.prompts) if path]
+    found: list[Any] = [None]
+    if groups.rank == 0:
+        try:
+            found = [[read_dataset(config.data, path, decode=config.data.skip_unreadable) for path in paths]]
+        except UserError as error:
+            found = [error]
+    dist.broadcast_object_list(found, src=0, group=dist.group.WORLD)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    reports: list[DataReport] = found[0]
+    for note in [note for report in reports for note in report.notes]:
+        reporter.line(note)
+    if groups.rank == 0:
+        summary = json.dumps([report.summary() for report in reports], indent=1, ensure_ascii=False)
+        (Path(config.output_dir) / "data.json").write_text(summary + "\n", encoding="utf-8")
+    return reports[0], reports[1] if len(reports) > 1 else None
 
 
 def resumes(config: Config) -> bool:
