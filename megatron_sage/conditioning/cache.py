@@ -133,7 +133,8 @@ class EmbeddingCache(Generic[E]):
                 wrong = set(self.fields) ^ set(file.keys())
                 if wrong:
                     raise CacheError(f"{path}: missing or unknown tensors: {', '.join(sorted(wrong))}; {CURE}")
-                return {name: file.get_tensor(name) for name in self.fields}, metadata
+                # A copy: tensors that stay mapped to the file would crash the process if it were cut off later.
+                return {name: file.get_tensor(name).clone() for name in self.fields}, metadata
         except (SafetensorError, OSError) as error:
             raise CacheError(f"{path}: damaged ({error}); {CURE}") from error
 

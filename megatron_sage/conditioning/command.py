@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from typing import NoReturn
 
 import torch
 
@@ -15,9 +16,16 @@ from megatron_sage.reporting.progress import Reporter
 SHOWN = 10  # entries that --check names; the rest is counted
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line, as every other error of a user."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
 def main(argv: list[str]) -> int:
     """Command line of `encode`; see `--help`. With --check, 1 where an entry is missing or damaged."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="megatron-sage encode",
         description="Encode prompts (and their images) into the cache that training reads. Interrupt it and start it "
         "again as you like. Under torchrun the work is spread over the processes, one GPU each.",
