@@ -23,6 +23,7 @@ COMMANDS = {
     "sample": ("megatron_sage.generate", "make videos from prompts"),
     "convert": ("megatron_sage.checkpoint.convert", "convert checkpoints between Hugging Face, official and Megatron"),
     "export": ("megatron_sage.checkpoint.pipeline", "write a trained model as a pipeline that diffusers runs"),
+    "encode": ("megatron_sage.conditioning.command", "encode prompts and images into the cache that training reads"),
     "verify": ("megatron_sage.verify", "compare the model with diffusers' on the same weights and inputs"),
     "recipes": ("megatron_sage.recipes", "list the named runs, or show one: recipes show NAME"),
     "figures": ("megatron_sage.figures.command", "draw the method's figures: figures NAME"),

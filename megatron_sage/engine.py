@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_sage import parallel  # noqa: F401  (CPU backend before Megatron)
 from megatron_sage.checkpoint.distributed import load_weights
 from megatron_sage.checkpoint.staging import on_all_ranks
+from megatron_sage.conditioning.codec import DTYPES as VAE_DTYPES
 from megatron_sage.conditioning.codec import VideoCodec
 from megatron_sage.conditioning.embedding import ImageEmbedding, PromptEmbedding
 from megatron_sage.conditioning.prepare import NEGATIVE, fill_cache, load_prompt, open_conditions, share
@@ -190,10 +191,12 @@ def read_transformer_config(pretrained: str) -> dict[str, Any]:
 
 
 def load_codec(config: Config) -> VideoCodec:
-    """The VAE, in float32 on a CPU and in the run's dtype on a GPU."""
-    target = device()
-    dtype = torch.float32 if target.type == "cpu" else DTYPES[config.precision.dtype]
-    return VideoCodec.from_pretrained(Path(config.model.pretrained) / "vae", device=target, dtype=dtype)
+    """The VAE on this rank's device, as `vae` says; auto: float32 on a CPU and the run's dtype on a GPU."""
+    target, name = device(), config.vae.dtype
+    if name == "auto":
+        name = "fp32" if target.type == "cpu" else config.precision.dtype
+    folder = Path(config.model.pretrained) / "vae"
+    return VideoCodec.from_pretrained(folder, target, VAE_DTYPES[name], config.vae.tiling)
 
 
 def prepare_embeddings(config: Config, groups: Groups, rows: Sequence[PromptRow], negative: str = "") -> None:

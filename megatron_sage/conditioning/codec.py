@@ -11,6 +11,7 @@ from megatron_sage.conditioning.patch_codec import PatchCodec
 from megatron_sage.errors import UserError
 
 CLASSES = {"AutoencoderKLHunyuanVideo15": AutoencoderKLHunyuanVideo15, "PatchCodec": PatchCodec}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the VAE and the encoders
 
 
 class NonFiniteVideoError(ValueError):
@@ -22,10 +23,15 @@ class VideoCodec:
 
     A clip of F = tc·n + 1 frames of H x W pixels has latents [C, n + 1, H/sc, W/sc]; tc, sc and C come from the
     VAE's config (4, 16 and 32 in HunyuanVideo-1.5). One clip at a time: this VAE raises for larger batches.
+
+    Tiling: diffusers' tiles of 256 pixels with blended seams, where a clip is larger than one. Untiled, the VAE's
+    middle block makes a mask of (T·h·w)² elements. PatchCodec needs no tiles and has none.
     """
 
-    def __init__(self, vae: AutoencoderKLHunyuanVideo15 | PatchCodec) -> None:
+    def __init__(self, vae: AutoencoderKLHunyuanVideo15 | PatchCodec, tiling: bool = False) -> None:
         self.vae = vae.eval().requires_grad_(False)
+        if tiling and isinstance(vae, AutoencoderKLHunyuanVideo15):
+            vae.enable_tiling()
         self.scaling_factor = float(vae.config.scaling_factor)
         self.spatial = int(vae.config.spatial_compression_ratio)
         self.temporal = int(vae.config.temporal_compression_ratio)
@@ -33,7 +39,11 @@ class VideoCodec:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        directory: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        tiling: bool = False,
     ) -> "VideoCodec":
         """Load a saved VAE; UserError, in one line, where the directory is missing, incomplete or another class's."""
         config_path = Path(directory) / "config.json"
@@ -46,11 +56,16 @@ class VideoCodec:
         if found not in CLASSES:
             raise UserError(f"{config_path}: _class_name is {found!r}, expected one of {', '.join(CLASSES)}")
         try:
-            vae = CLASSES[found].from_pretrained(directory, torch_dtype=dtype, local_files_only=True)
+            vae, report = CLASSES[found].from_pretrained(
+                directory, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{directory}: the VAE's weights cannot be loaded ({reason}); copy vae/ anew") from error
-        return cls(vae.to(device))
+        missing = sorted(report["missing_keys"])
+        if missing:  # diffusers only warns of them
+            raise UserError(f"{directory}: {len(missing)} weights are missing, e.g. {missing[0]}; copy vae/ anew")
+        return cls(vae.to(device), tiling)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """[C, T, h, w] of a clip's latents; UserError, in one line, for sizes that this VAE cannot take."""

@@ -50,6 +50,11 @@ class WordEncoder:
         """Names everything that an embedding depends on besides the text; part of the cache's key."""
         return f"{CLASS_NAME} v1 {json.dumps(asdict(self), sort_keys=True)}"
 
+    @property
+    def shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """What an embedding's tensors look like; None: the length follows the prompt."""
+        return {"encoder_hidden_states": (None, self.dim), "encoder_hidden_states_2": (None, self.dim_2)}
+
     def encode(self, text: str) -> PromptEmbedding:
         """The embedding of one prompt, float32; a prompt without words (" ") is exactly one token."""
         words = TOKEN.findall(text.lower()) or [EMPTY]

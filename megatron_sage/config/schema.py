@@ -60,6 +60,23 @@ class VideoConfig:
 
 
 @dataclass
+class VaeConfig:
+    """The VAE, which turns latents into the videos that are scored."""
+
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: precision.dtype on a GPU, fp32 on a CPU (ours)
+    tiling: bool = True  # videos of more than 256 pixels in blended tiles, as diffusers' and the official examples do;
+    # untiled, the VAE's attention mask alone takes 2.2 GB at 480x848x81 and 11.4 GB at 720x1280x81 in bf16 (model)
+
+
+@dataclass
+class EncodersConfig:
+    """The text and image encoders, which run before training and are released."""
+
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: precision.dtype, on any device, so that embeddings
+    # made on one machine are found on another (ours)
+
+
+@dataclass
 class SdeWindowConfig:
     """Noise, log-probabilities and training in a window of the steps only; the others run as ode (MixGRPO)."""
 
@@ -234,6 +251,8 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    encoders: EncodersConfig = field(default_factory=EncodersConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     kl: KlConfig = field(default_factory=KlConfig)

@@ -108,7 +108,8 @@ def _read_data(
 ) -> tuple[DataReport, DataReport | None]:
     """Training and held-out prompts, read by rank 0: all ranks hold the same rows or stop.
 
-    Where damaged images may be skipped, each is decoded; else the first one stops the run when it is encoded. What was skipped or doubled is said once and kept in data.json.
+    Where damaged images may be skipped, each is decoded; else the first one stops the run when it is encoded. What was
+    skipped or doubled is said once and kept in data.json.
     """
     paths = [path for path in (config.data.prompts, config.evaluation.prompts) if path]
     found: list[Any] = [None]
