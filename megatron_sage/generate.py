@@ -99,8 +99,10 @@ def _parser() -> argparse.ArgumentParser:
 def _rows(texts: list[str], images: list[str]) -> list[PromptRow]:
     if images and len(images) not in (1, len(texts)):
         raise UserError(f"--image: {len(images)} of them for {len(texts)} --prompt; give one for each, or one for all")
-    paths = [Path(path) for path in images] * (len(texts) if len(images) == 1 else 1)
-    return [PromptRow(text, image) for text, image in zip(texts, paths or [None] * len(texts), strict=True)]
+    paths: list[Path | None] = [Path(path) for path in images] or [None]
+    if len(paths) == 1:
+        paths *= len(texts)
+    return [PromptRow(text, image) for text, image in zip(texts, paths, strict=True)]
 
 
 def _config(settings: list[str], rows: list[PromptRow]) -> Config:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 # before torch is imported: the machines that run this have two cores, and the workers of the pool share them
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,3 +17,8 @@ def one_rank() -> Iterator["object"]:
 
     yield initialize()
     shutdown()
+
+
+# A shared or busy machine makes single examples slow; that is no fault of what they test.
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")

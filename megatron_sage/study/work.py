@@ -31,16 +31,16 @@ def execute(run: Run, config: Config) -> dict[str, Any]:
     """Train one run from the given weights, evaluate before and after: what goes into the study's tables."""
     begin = time.perf_counter()
     assert config.evaluation.prompts is not None
-    rows, unseen = read_rows(config.data.prompts), read_rows(config.evaluation.prompts)
+    taught, unseen = read_rows(config.data.prompts), read_rows(config.evaluation.prompts)
     groups = initialize_groups(config)
-    prepare_embeddings(config, groups, [*rows, *unseen])
+    prepare_embeddings(config, groups, [*taught, *unseen])
     engine = build_engine(config, groups)
     ddp = wrap(engine.chunks, engine.groups, config.optimizer.distributed)
     optimizer = build_optimizer(config, ddp, engine.dtype)
-    prompts = encode_prompts(config, engine, [*rows, *unseen])
+    prompts = encode_prompts(config, engine, [*taught, *unseen])
     codec, reward, silent = load_codec(config), build_reward(config.reward), Reporter(False)
-    trainer = Trainer(engine, ddp, optimizer, prompts[: len(rows)], codec, reward, silent)
-    validation = prompts[len(rows) :]
+    trainer = Trainer(engine, ddp, optimizer, prompts[: len(taught)], codec, reward, silent)
+    validation = prompts[len(taught) :]
     before, _ = held_out("before", engine, validation, codec, reward, silent)
     rows = []
     for _ in range(config.training.iterations):
