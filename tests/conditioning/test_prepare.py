@@ -146,8 +146,21 @@ def damages(path: Path, entries: list[Path]) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("kind", ["text", "image"])
-@pytest.mark.parametrize("damage", ["flipped byte", "cut off", "empty", "another's", "other tensors", "other shape"])
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        ("text", "flipped byte"),
+        ("image", "other shape"),
+        ("text", "another's"),
+        *(
+            pytest.param(kind, damage, marks=pytest.mark.nightly)
+            for kind in ("text", "image")
+            for damage in ("cut off", "empty", "other tensors")
+        ),
+        *(pytest.param("image", damage, marks=pytest.mark.nightly) for damage in ("flipped byte", "another's")),
+        pytest.param("text", "other shape", marks=pytest.mark.nightly),
+    ],
+)
 def test_bad_entries_are_found_and_made_again(root: Path, rows: list[PromptRow], cache: Path, kind, damage) -> None:
     config = run(root, cache)
     conditions = open_conditions(config, rows)
@@ -179,8 +192,8 @@ def test_ranks_share_the_work_without_a_word(rows: list[PromptRow], world: int) 
 
 
 def test_ranks_fill_one_cache(root: Path, rows: list[PromptRow], full: Path, tmp_path: Path) -> None:
-    for rank in (1, 0, 2):  # in any order
-        fill_cache(run(root, tmp_path / "cache"), rows, rank, 3)
+    for rank in (1, 0):  # in any order
+        fill_cache(run(root, tmp_path / "cache"), rows, rank, 2)
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {path.name for path in full.iterdir()}
     for row in rows:
         (text, image), (text_full, image_full) = (load_prompt(run(root, at), row) for at in (tmp_path / "cache", full))
