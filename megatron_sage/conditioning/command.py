@@ -85,11 +85,14 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _rows(config: Config, files: list[str] | None) -> list[PromptRow]:
+    """All rows; with data.skip_unreadable without those whose image is missing or damaged, as training reads them."""
     files = files or [path for path in (config.data.prompts, config.evaluation.prompts) if path]
     if not files:
         raise UserError("data.prompts=: must name a file of prompts; give it in the CONFIG, or --prompts FILE")
-    decode = config.data.skip_unreadable
-    return [row for path in files for row in read_dataset(config.data, path, decode=decode).rows]
+    reports = [read_dataset(config.data, path, decode=config.data.skip_unreadable) for path in files]
+    for note in [note for report in reports for note in report.notes]:
+        Reporter(_number("RANK", 0) == 0).line(note)
+    return [row for report in reports for row in report.rows]
 
 
 def _check(config: Config, rows: list[PromptRow]) -> int:

@@ -1,13 +1,17 @@
 """The codec against diffusers' own VAE, at toy size."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15
+from safetensors.torch import load_file, save_file
 
-from megatron_sage.conditioning.codec import NonFiniteVideoError, VideoCodec
+from megatron_sage.conditioning.codec import DTYPES, NonFiniteVideoError, VideoCodec
+from megatron_sage.conditioning.patch_codec import PatchCodec
 from megatron_sage.errors import UserError
 
 
@@ -123,3 +127,67 @@ def test_directories_that_hold_no_such_vae_are_refused_in_one_line(tmp_path) -> 
         with pytest.raises(UserError, match=named) as error:
             VideoCodec.from_pretrained(path)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_missing_weights_are_refused(directory, tmp_path) -> None:
+    """diffusers would warn and go on with random ones."""
+    broken = Path(shutil.copytree(directory, tmp_path / "vae"))
+    file = broken / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file({name: tensor for name, tensor in weights.items() if "mid_block.attentions.0.proj_out" not in name}, file)
+    with pytest.raises(UserError, match="weights are missing, e.g. decoder.mid_block.attentions.0.proj_out.bias"):
+        VideoCodec.from_pretrained(broken)
+
+
+@pytest.mark.parametrize(("dtype", "pixels", "latents"), [("bf16", 1.0, 0.05), ("fp16", 0.1, 0.015)])
+def test_half_precision_stays_within_its_bound(directory, codec: VideoCodec, dtype: str, pixels: float, latents: float):
+    """Mean of |difference| in levels of 255, and the relative norm of the latents' difference."""
+    half = VideoCodec.from_pretrained(directory, dtype=DTYPES[dtype])
+    z = torch.randn(codec.latent_shape(5, 32, 48), generator=torch.Generator().manual_seed(0))
+    wanted, found = codec.decode(z), half.decode(z)
+    assert 0 < np.abs(wanted.astype(int) - found).mean() <= pixels
+    encoded, encoded_half = codec.encode(wanted), half.encode(wanted)
+    assert encoded_half.dtype == torch.float32
+    assert 0 < (encoded - encoded_half).norm() <= latents * encoded.norm()
+
+
+def test_a_clip_of_one_tile_is_not_cut(directory, codec: VideoCodec) -> None:
+    tiled = VideoCodec.from_pretrained(directory, tiling=True)
+    small = torch.randn(codec.latent_shape(1, 256, 256), generator=torch.Generator().manual_seed(0))
+    frame = codec.decode(small)
+    np.testing.assert_array_equal(frame, tiled.decode(small))
+    assert torch.equal(codec.encode(frame), tiled.encode(frame))
+
+
+def test_a_larger_clip_is_tiled_as_diffusers_does(directory, codec: VideoCodec) -> None:
+    vae = AutoencoderKLHunyuanVideo15.from_pretrained(directory).eval()
+    vae.enable_tiling()
+    tiled = VideoCodec.from_pretrained(directory, tiling=True)
+    large = torch.randn(codec.latent_shape(1, 272, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = vae.decode(large[None] / 0.7).sample[0]
+    wanted = ((wanted.clamp(-1, 1) + 1) / 2 * 255).permute(1, 2, 3, 0).numpy()
+    found = tiled.decode(large)
+    assert np.abs(found - wanted).max() <= 0.5 + 1e-3
+    assert np.abs(found - codec.decode(large).astype(int)).max() > 1, "tiles see only themselves"
+
+
+def test_the_small_codec_needs_no_tiles(tmp_path) -> None:
+    PatchCodec(hidden=8).save_pretrained(tmp_path)
+    tiled, whole = (VideoCodec.from_pretrained(tmp_path, tiling=tiling) for tiling in (True, False))
+    latents = torch.randn(whole.latent_shape(1, 272, 32), generator=torch.Generator().manual_seed(0))
+    np.testing.assert_array_equal(tiled.decode(latents), whole.decode(latents))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("auto", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+@pytest.mark.parametrize("tiling", [True, False])
+def test_the_config_says_how_the_vae_runs(directory, name: str, dtype: torch.dtype, tiling: bool) -> None:
+    from megatron_sage.config import Config
+    from megatron_sage.engine import load_codec
+
+    config = Config()
+    config.model.pretrained, config.vae.dtype, config.vae.tiling = str(directory.parent), name, tiling
+    codec = load_codec(config)
+    assert codec.vae.dtype == dtype and codec.vae.use_tiling == tiling
