@@ -22,7 +22,7 @@ from megatron_sage.conditioning.encoders import ImageEncoder, TextEncoder, open_
 from megatron_sage.conditioning.fingerprint import Fingerprinted, Record
 from megatron_sage.conditioning.loading import read_json
 from megatron_sage.config import Config
-from megatron_sage.data.images import read_image
+from megatron_sage.data.backend import open_reader
 from megatron_sage.data.prompts import PromptRow
 from megatron_sage.errors import UserError
 
@@ -103,6 +103,7 @@ def fill_cache(
         each(texts, conditions.texts, lambda text: text, conditions.text_encoder.encode)
     image_encoder = conditions.image_encoder
     if image_encoder is not None:
+        read_image = open_reader(config.data.backend).read_image
         with _released(image_encoder):
             each(pictures, conditions.images, image_key, lambda path: image_encoder.encode(read_image(path)))
     return counts

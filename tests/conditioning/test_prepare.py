@@ -99,6 +99,27 @@ def test_the_cast_of_a_run_is_cached_apart(root: Path, rows: list[PromptRow], ca
     assert check_cache(run(root, cache, width=32), rows)[0] == {"good": 4, "missing": 2}
 
 
+def test_pictures_are_decoded_by_the_chosen_backend(
+    root: Path, rows: list[PromptRow], cache: Path, monkeypatch
+) -> None:
+    pytest.importorskip("nvidia.dali", reason="the extra dali is not installed")
+    from megatron_sage.data.dali import DaliReader
+
+    seen, read = [], DaliReader.read_image
+    monkeypatch.setattr(DaliReader, "read_image", lambda self, path: seen.append(path) or read(self, path))
+    config = run(root, cache)
+    conditions = open_conditions(config, rows)
+    assert conditions.images is not None
+    before = load_prompt(config, rows[0], conditions)[1]
+    for row in rows[:2]:
+        assert row.image is not None
+        conditions.images.path(image_key(row.image)).unlink()
+    config.data.backend = "dali"
+    assert fill_cache(config, rows) == {"found": 4, "encoded": 2}
+    assert sorted(seen) == sorted(row.image for row in rows[:2] if row.image)
+    assert equal(load_prompt(config, rows[0], conditions)[1], before)
+
+
 def test_a_full_cache_needs_no_weights(root: Path, rows: list[PromptRow], cache: Path, tmp_path: Path) -> None:
     bare = Path(shutil.copytree(root, tmp_path / "bare"))
     for part in ("text_encoder", "text_encoder_2", "image_encoder"):

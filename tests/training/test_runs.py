@@ -127,8 +127,14 @@ def test_a_resumed_run_is_the_uninterrupted_run(root: Path, single: dict[str, An
         assert np.array_equal(value, resumed["weights"][name]), name
 
 
-def test_a_run_does_not_go_on_with_another_reference(root: Path) -> None:
+def test_a_run_does_not_go_on_with_another_reference_or_other_prompts(root: Path) -> None:
     run(root, "anchored", **{"training.iterations": 1})
+    kept = json.loads((root / "anchored" / "data.json").read_text())
+    assert [(entry["rows"], entry["images"], entry["skipped"]) for entry in kept] == [(3, 0, [])]
+    rows = [json.dumps({"prompt": text}) for text in (*world.PROMPTS[:2], world.PROMPTS[2] + "!")]
+    (root / "edited.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match="resume: the 3 prompts are not those of the run"):
+        run(root, "anchored", **{"training.resume": True, "data.prompts": str(root / "edited.jsonl")})
     with pytest.raises(UserError, match="saved with the position references moving, this run.s are fixed: keep them"):
         run(root, "anchored", **{"training.resume": True, "kl.strategy": "fixed"})
 
