@@ -39,10 +39,10 @@ def _checked(config: Config, key: str, function: str, settings_key: str, setting
     """What `function` names, its settings checked against its signature and by its own `check_run`."""
     target = _imported(key, function)
     check_settings(target, function, settings_key, settings)
-    check_run, video = getattr(target, "check_run", None), config.video
+    check_run = getattr(target, "check_run", None)
     if check_run is not None:
         try:
-            check_run(frames=video.frames, height=video.height, width=video.width, fps=video.fps, **settings)
+            check_run(config.video, **settings)
         except UserError as error:
             raise UserError(f"{settings_key}: {error}") from error
     return target

@@ -5,8 +5,7 @@ dimension, and a linear head reads the score at each of these tokens. What the o
 changes scores without an error is an argument or a check here: the frame rate, the positions, the keys of the file.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_sage.config.schema import VideoConfig
 from megatron_sage.errors import UserError
 from megatron_sage.rewards import frames as pictures
 from megatron_sage.rewards import videoalign_checkpoint as checkpoint_files
+from megatron_sage.rewards.model import (
+    DTYPES,
+    check_count,
+    check_dtype,
+    default_device,
+    no_progress_bar,
+    on_device,
+    tokenizer,
+)
 from megatron_sage.rewards.protocol import check_inputs
 from megatron_sage.rewards.videoalign_prompt import REWARD_TOKENS, VIDEO_TOKEN, conversation
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,12 @@ class VideoAlign:
         were trained with; resident: false lets the weights wait in host memory between two calls; h264_round_trip:
         compress each clip first, as programs do that hand over mp4 files.
         """
-        self._check(dtype, batch)
+        check_dtype(dtype)
+        check_count("batch", batch)
         directory = Path(checkpoint)
         self.settings = checkpoint_files.read_settings(directory)
         place = checkpoint_files.base_directory(directory, base, self.settings)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = default_device(device)
         self.dtype = DTYPES[dtype or ("fp32" if self.device.type == "cpu" else "bf16")]
         self.batch, self.normalize, self.mrope, self.resident = batch, normalize, mrope, resident
         self.h264_round_trip = h264_round_trip
@@ -75,29 +83,21 @@ class VideoAlign:
             self.model.to(self.device)
 
     @classmethod
-    def check_run(
-        cls, frames: int, height: int, width: int, fps: float, checkpoint: str, base: str | None = None, **others: Any
-    ) -> None:
+    def check_run(cls, video: VideoConfig, /, checkpoint: str, base: str | None = None, **others: Any) -> None:
         """What can be known without loading the model: settings, files, and that such a clip can be looked at."""
-        cls._check(others.get("dtype"), others.get("batch", 1))
+        check_dtype(others.get("dtype"))
+        check_count("batch", others.get("batch", 1))
         settings = checkpoint_files.read_settings(Path(checkpoint))
         checkpoint_files.weights_file(Path(checkpoint))
         checkpoint_files.base_directory(Path(checkpoint), base, settings)
-        _number(settings, frames, fps)
-        pictures.smart_size(height, width, 28, pictures.VIDEO_MIN_PIXELS, settings.max_pixels)
-
-    @staticmethod
-    def _check(dtype: str | None, batch: int) -> None:
-        if dtype is not None and dtype not in DTYPES:
-            raise UserError(f"dtype={dtype}: choose from {', '.join(DTYPES)}, or null")
-        if type(batch) is not int or batch < 1:
-            raise UserError(f"batch={batch}: expected a whole number >= 1")
+        _number(settings, video.frames, video.fps)
+        pictures.smart_size(video.height, video.width, 28, pictures.VIDEO_MIN_PIXELS, settings.max_pixels)
 
     def __call__(self, videos: Sequence[np.ndarray], prompts: Sequence[str], fps: float) -> dict[str, np.ndarray]:
         """Score n uint8 clips [F, H, W, 3] at `fps` frames a second: {"VQ", "MQ", "TA"}, float64 [n]."""
         check_inputs(videos, prompts, fps)
         rows = np.empty((len(videos), len(self.dimensions)))
-        with self._on_device():
+        with on_device(self.model, self.device, self.resident):
             for start in range(0, len(videos), self.batch):
                 chosen = slice(start, start + self.batch)
                 pairs = zip(videos[chosen], prompts[chosen], strict=True)
@@ -106,15 +106,6 @@ class VideoAlign:
             mean, std = np.array([self.settings.statistics[name] for name in self.dimensions]).T
             rows = (rows - mean) / std
         return dict(zip(self.dimensions, rows.T, strict=True))
-
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        self.model.to(self.device)
-        try:
-            yield
-        finally:
-            if not self.resident:
-                self.model.to("cpu")
 
     def _sample(self, video: np.ndarray, prompt: str, fps: float) -> _Sample:
         if self.h264_round_trip:
@@ -181,17 +172,11 @@ def _number(settings: checkpoint_files.Settings, total: int, fps: float) -> int:
 
 def _tokenizer(place: Path) -> Any:
     """Qwen2-VL's tokenizer with the three reward tokens after its own, as in training."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, padding_side="right")
-    except Exception as error:  # the Rust part raises no narrower one
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{place}: its tokenizer cannot be read: {reason}; fetch it again") from error
-    if tokenizer.convert_tokens_to_ids(VIDEO_TOKEN) in (None, tokenizer.unk_token_id):
+    found = tokenizer(place, padding_side="right")
+    if found.convert_tokens_to_ids(VIDEO_TOKEN) in (None, found.unk_token_id):
         raise UserError(f"{place}: its tokenizer has no {VIDEO_TOKEN}; name a directory of Qwen2-VL as base")
-    tokenizer.add_tokens(list(REWARD_TOKENS), special_tokens=True)
-    return tokenizer
+    found.add_tokens(list(REWARD_TOKENS), special_tokens=True)
+    return found
 
 
 def _load(
@@ -199,7 +184,6 @@ def _load(
 ) -> tuple[Any, torch.Tensor, checkpoint_files.Account]:
     """The model without a language head, the reward head float32 [N, D], and the account of the file's keys."""
     from transformers import Qwen2VLConfig, Qwen2VLModel
-    from transformers.utils import logging
 
     config = Qwen2VLConfig.from_pretrained(place, local_files_only=True)
     config.text_config.vocab_size = words  # the embedding was cut to the tokenizer's size when tokens were added
@@ -215,14 +199,8 @@ def _load(
     layers = [*linears, "lm_head", "rm_head"]
     state, account = checkpoint_files.merged(file, state, shapes, layers, settings.lora, dtype)
     head = state.pop("rm_head.weight").float()
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = Qwen2VLModel.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, attn_implementation="sdpa"
-        )
-    finally:
-        if bar:
-            logging.enable_progress_bar()
+    options: dict[str, Any] = {"config": config, "state_dict": state, "attn_implementation": "sdpa"}
+    with no_progress_bar():
+        model = Qwen2VLModel.from_pretrained(None, dtype=dtype, **options)
     # `to` after loading rounds the rotary frequencies as well: the original does so, in training too
     return model.to(dtype).eval().requires_grad_(False), head, account

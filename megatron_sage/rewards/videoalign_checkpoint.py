@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_sage.errors import UserError
+from megatron_sage.rewards.model import reason
 
 CONFIG = "model_config.json"
 DIMENSIONS = ("VQ", "MQ", "TA")
@@ -198,8 +199,7 @@ def read_state(file: Path) -> State:
         # mapped: the ranks of a host share the 5 GB
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # safetensors, pickle, zip and torch have none in common
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file}: not readable as a state dict of tensors: {reason}; fetch it again") from error
+        raise UserError(f"{file}: not readable as a state dict of tensors: {reason(error)}; fetch it again") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{file}: not a state dict of tensors; save model.state_dict()")
     return state
