@@ -189,18 +189,25 @@ def _load(
     config.text_config.vocab_size = words  # the embedding was cut to the tokenizer's size when tokens were added
     if config.video_token_id != video_token:
         raise UserError(f"{place}: config.json has video_token_id={config.video_token_id}, its tokenizer {video_token}")
-    with torch.device("meta"):
-        outline = Qwen2VLModel(config)
-    shapes = {key: value.shape for key, value in outline.state_dict().items()}
-    shapes["rm_head.weight"] = torch.Size([settings.output_dim, config.text_config.hidden_size])
-    linears = [name for name, module in outline.named_modules() if isinstance(module, torch.nn.Linear)]
+    shapes, linears = outline(config, settings.output_dim)
     file = checkpoint_files.weights_file(directory)
     state = checkpoint_files.read_state(file)
-    layers = [*linears, "lm_head", "rm_head"]
-    state, account = checkpoint_files.merged(file, state, shapes, layers, settings.lora, dtype)
+    state, account = checkpoint_files.merged(file, state, shapes, linears, settings.lora, dtype)
     head = state.pop("rm_head.weight").float()
     options: dict[str, Any] = {"config": config, "state_dict": state, "attn_implementation": "sdpa"}
     with no_progress_bar():
         model = Qwen2VLModel.from_pretrained(None, dtype=dtype, **options)
     # `to` after loading rounds the rotary frequencies as well: the original does so, in training too
     return model.to(dtype).eval().requires_grad_(False), head, account
+
+
+def outline(config: Any, output_dim: int) -> tuple[dict[str, torch.Size], list[str]]:
+    """Shapes of all weights that a Qwen2VLConfig and a reward head make, and the names of the linear layers."""
+    from transformers import Qwen2VLModel
+
+    with torch.device("meta"):
+        model = Qwen2VLModel(config)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    shapes["rm_head.weight"] = torch.Size([output_dim, config.text_config.hidden_size])
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return shapes, [*linears, "lm_head", "rm_head"]

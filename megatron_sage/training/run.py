@@ -20,7 +20,7 @@ from megatron_sage.parallel.device import device
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.reporting.report import write_report
 from megatron_sage.reporting.schedule import write_schedule
-from megatron_sage.rewards.build import build_reward
+from megatron_sage.rewards.build import accounts, build_reward
 from megatron_sage.training.evaluation import describe_evaluation, evaluate
 from megatron_sage.training.export import write_export
 from megatron_sage.training.metrics import MetricsLog, environment
@@ -59,6 +59,8 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
     held_out = read_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
     prompts = encode_prompts(config, engine, [*texts, *held_out])
     codec, reward = load_codec(config), build_reward(config.reward, device())
+    for line in accounts(reward):
+        reporter.line(line)
     trainer = supervision.trainer = Trainer(
         engine, ddp, optimizer, [prompts[t] for t in texts], codec, reward, reporter
     )

@@ -18,8 +18,8 @@ from megatron_sage.config import load_config
 from megatron_sage.config.reward_rules import check_reward
 from megatron_sage.errors import UserError
 from megatron_sage.rewards import videoalign_checkpoint as files
-from megatron_sage.rewards.build import build_reward
-from megatron_sage.rewards.videoalign import VideoAlign
+from megatron_sage.rewards.build import accounts, build_reward
+from megatron_sage.rewards.videoalign import VideoAlign, outline
 from megatron_sage.rewards.videoalign_prompt import conversation, question
 
 PROMPTS = ["a red fox {x} jumps over the fence", "two dogs", "", "Ein Bär, 大熊 🐻", "a cat runs over the grass"]
@@ -172,6 +172,36 @@ def test_the_account(single: tuple[Path, Any, Any]) -> None:
     assert account.keys == len(state) == account.loaded + 2 * account.merged + len(account.unused)
     assert account.merged == sum("lora_A" in key for key in state) == 14 and account.unused == ("lm_head.weight",)
     assert "14 LoRA pairs merged" in str(account)
+
+
+def test_the_released_sizes_give_1123_keys() -> None:
+    """As many as programs that load the released file report: 1123, 196 pairs of adapters among them."""
+    from transformers import Qwen2VLConfig
+
+    config = Qwen2VLConfig(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        vocab_size=151660, tie_word_embeddings=True, rope_theta=1e6, pad_token_id=None,
+        rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+        vision_config={"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "hidden_size": 1536},
+    )  # fmt: skip
+    shapes, linears = outline(config, 1)
+    lora = files.Lora(64, 2.0, ("lm_head", "rm_head", "embed_tokens", "visual"), -1)
+    pairs = files.adapted(linears, lora)
+    assert len(pairs) == 28 * 7 and len(shapes) + 1 + 2 * len(pairs) == 1123
+    for old, shape in {
+        "visual.patch_embed.proj.weight": [1280, 3, 2, 14, 14],
+        "visual.blocks.31.attn.qkv.bias": [3840],
+        "visual.merger.ln_q.weight": [1280],
+        "visual.merger.mlp.2.weight": [1536, 5120],
+        "model.embed_tokens.weight": [151660, 1536],
+        "model.layers.27.self_attn.k_proj.base_layer.bias": [256],
+        "model.layers.0.mlp.down_proj.base_layer.weight": [1536, 8960],
+        "model.norm.weight": [1536],
+        "rm_head.weight": [1, 1536],
+    }.items():
+        assert list(shapes[files.today(f"base_model.model.{old}")]) == shape
+    adapter = files.today("base_model.model.model.layers.3.self_attn.o_proj.lora_B.default.weight")
+    assert adapter.removesuffix(".lora_B.weight") in pairs
 
 
 def without(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
@@ -333,7 +363,8 @@ def test_a_run_is_checked_before_it_starts(single: tuple[Path, Any, Any]) -> Non
     ]
     config = load_config(None, settings)
     check_reward(config)
-    assert build_reward(config.reward, "cpu").dimensions == ("VQ", "MQ", "TA")
+    reward = build_reward(config.reward, "cpu")
+    assert reward.dimensions == ("VQ", "MQ", "TA") and "87 keys: 58 loaded" in accounts(reward)[0]
     for override, said in (
         ("reward.settings.checkpoint=/nowhere", "reward.settings: checkpoint=/nowhere: no such directory"),
         ("reward.settings.checkpoint=3", "reward.settings.checkpoint=3: expects text"),
