@@ -30,6 +30,7 @@ def hv15_480p() -> Config:
     config.sampler.offload_trajectories = True
     config.grpo.prompts_per_iteration = 16
     config.reward.function = "megatron_sage.rewards.videoalign:VideoAlign"
+    config.reward.settings = {"checkpoint": "models/VideoReward", "base": "models/Qwen2-VL-2B-Instruct"}
     config.data.prompts = "data/prompts.txt"
     config.evaluation.prompts = "data/prompts_held_out.txt"
     config.optimizer.distributed = True

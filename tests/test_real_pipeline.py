@@ -4,7 +4,6 @@ import csv
 import importlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +158,56 @@ def test_no_encoder_is_needed_once_the_cache_is_full(journey: Journey, monkeypat
     assert {key: rows[0][0][key] for key in keys} == {key: rows[1][0][key] for key in keys}
 
 
-def refused(call: Callable[[], Any]) -> str:
+def refused(*argv: Any) -> str:
     with pytest.raises(UserError) as error:
-        call()
+        run(*argv)
+    assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_what_cannot_be_exported_is_refused_in_one_line(journey: Journey) -> None:
+    folder = journey.folder
+    assert "--base DIR" in refused("export", folder / "megatron", folder / "x1")
+    assert "model_index.json" in refused("export", folder / "run", folder / "x2", "--base", folder)
+    assert "neither a run" in refused("export", folder / "cache", folder / "x3", "--base", journey.base)
+    other = folder / "other"
+    if not other.exists():
+        hv15.build_pipeline(journey.task, seed=6, num_layers=2).save_pretrained(other)
+    assert "num_layers is 2" in refused("export", folder / "run", folder / "x4", "--base", other)
+    assert "not an empty directory" in refused("export", folder / "run", journey.base)
+    assert not [path for path in folder.iterdir() if path.name.startswith(("x", "."))]
+
+
+def test_text_and_image_models_want_their_own_prompts(journey: Journey) -> None:
+    settings = journey.settings("refused")
+    if journey.task == "t2v":
+        found = refused("sample", *settings, "--prompt", "a", "--image", journey.folder / "0.png")
+        assert "text-to-video: no prompt may have an image" in found
+    else:
+        assert "every prompt needs an image" in refused("sample", *settings, "--prompt", "a")
+
+
+@pytest.mark.parametrize("journey", ["t2v"], indirect=True)
+def test_adapters_are_merged_into_the_export(journey: Journey) -> None:
+    """From the checkpoint and from the adapter file: both are the base plus alpha / rank * B A."""
+    changes = {"lora.rank": 2, "lora.alpha": 3.0, "lora.targets": "[to_q, to_out.0, ff.net.2]"}
+    run("train", *journey.settings("adapted", **changes))
+    base = load_file(journey.base / "transformer" / "diffusion_pytorch_model.safetensors")
+    adapters = load_file(journey.folder / "adapted/export/transformer_lora/pytorch_lora_weights.safetensors")
+    for name, source, options in (
+        ("merged1", "adapted", []),
+        ("merged2", "adapted/export/transformer_lora", ["--link"]),
+    ):
+        target = journey.folder / name
+        run("export", journey.folder / source, target, *options)
+        assert (target / "vae").is_symlink() == bool(options)
+        merged = load_file(target / "transformer" / "diffusion_pytorch_model.safetensors")
+        assert merged.keys() == base.keys()
+        for key, weight in merged.items():
+            module = f"transformer.{key.removesuffix('.weight')}"
+            expected = base[key]
+            if f"{module}.lora_A.weight" in adapters:
+                product = adapters[f"{module}.lora_B.weight"] @ adapters[f"{module}.lora_A.weight"]
+                assert float(product.norm()) > 0
+                expected = expected + 1.5 * product
+            torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)

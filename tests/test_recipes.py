@@ -23,13 +23,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / part).mkdir()
         (root / part / "config.json").write_text(json.dumps(config))
     (root / "prompts.txt").write_text("a cat\n")
+    for file in ("VideoReward/model_config.json", "VideoReward/checkpoint-1/model.pth", "qwen/tokenizer.json"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text("{}")
+    (root / "qwen" / "config.json").write_text('{"model_type": "qwen2_vl"}')
     return root
 
 
 def with_files(config: Config, model: Path) -> Config:
     config.model.pretrained = config.model.weights = str(model)
     config.data.prompts = config.evaluation.prompts = str(model / "prompts.txt")
-    config.reward.function = "megatron_sage.rewards.shapes:ShapesReward"  # VideoAlign is not in this version
+    if config.reward.settings:  # VideoAlign's directories
+        config.reward.settings = {"checkpoint": str(model / "VideoReward"), "base": str(model / "qwen")}
     return config
 
 

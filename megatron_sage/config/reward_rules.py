@@ -3,8 +3,9 @@
 import importlib
 import inspect
 import re
+import types
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from megatron_sage.config.loading import nearest
 from megatron_sage.config.schema import Config
@@ -38,10 +39,10 @@ def _checked(config: Config, key: str, function: str, settings_key: str, setting
     """What `function` names, its settings checked against its signature and by its own `check_run`."""
     target = _imported(key, function)
     check_settings(target, function, settings_key, settings)
-    check_run, video = getattr(target, "check_run", None), config.video
+    check_run = getattr(target, "check_run", None)
     if check_run is not None:
         try:
-            check_run(frames=video.frames, height=video.height, width=video.width, fps=video.fps, **settings)
+            check_run(config.video, **settings)
         except UserError as error:
             raise UserError(f"{settings_key}: {error}") from error
     return target
@@ -61,9 +62,24 @@ def check_settings(target: Any, function: str, key: str, settings: Mapping[str, 
             match = nearest(name, names)
             known = f"choose from {', '.join(names)}" if names else "it has none"
             _refuse(f"{key}.{name}", value, f"{function} has no such setting; " + _meant(match, known))
+    _check_types(target, key, settings)
     for name in names:
         if parameters[name].default is inspect.Parameter.empty and name not in settings and name != "device":
             raise UserError(f"{key}.{name}: is missing; {function} needs it")
+
+
+def _check_types(target: Any, key: str, settings: Mapping[str, Any]) -> None:
+    """Values against the class's annotations, as far as these are numbers, text, truth values or null."""
+    try:
+        hints = get_type_hints(target.__init__)
+    except NameError:  # names that exist for a type checker only
+        return
+    for name, value in settings.items():
+        hint = hints.get(name)
+        kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+        if all(kind in plain for kind in kinds) and type(value) not in (*kinds, *([int] if float in kinds else [])):
+            _refuse(f"{key}.{name}", value, f"expects {' or '.join(plain[kind] for kind in kinds)}")
 
 
 def _meant(match: str | None, otherwise: str) -> str:

@@ -3,6 +3,7 @@
 import os
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -28,20 +29,22 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float, scale: int = 1) 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
     try:
-        _encode(temporary, frames, fps, int(scale))
+        encode(str(temporary), frames, fps, int(scale))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
 
 
-def _encode(path: Path, frames: np.ndarray, fps: float, scale: int) -> None:
+def encode(target: str | BinaryIO, frames: np.ndarray, fps: float, scale: int = 1, crf: int = 16) -> None:
+    """The mp4 of `write_mp4` into a file by name or an open one; a smaller `crf` is a better picture."""
     height, width = (size * scale for size in frames.shape[1:3])
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+    options = {"movflags": "+faststart"} if isinstance(target, str) else {}  # which reads its file again
+    with av.open(target, "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "16", "preset": "medium"}
+        stream.options = {"crf": str(crf), "preset": "medium"}
         for frame in frames:
             large = frame.repeat(scale, axis=0).repeat(scale, axis=1)
             even = np.pad(large, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")

@@ -24,3 +24,12 @@ def build_reward(config: RewardConfig, device: Any = None) -> Reward:
     if config.watch is None:
         return reward
     return WithWatch(reward, load_reward(config.watch, "reward.watch", config.watch_settings, device))
+
+
+def accounts(reward: Reward) -> list[str]:
+    """What each reward says of the weights that it loaded, a line each; those that load none say nothing."""
+    if isinstance(reward, WithWatch):
+        return accounts(reward.trained) + accounts(reward.watched)
+    if isinstance(reward, Several):
+        return [line for one in reward.rewards.values() for line in accounts(one)]
+    return [str(reward.account)] if hasattr(reward, "account") else []

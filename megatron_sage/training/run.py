@@ -27,7 +27,7 @@ from megatron_sage.parallel.device import device
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.reporting.report import write_report
 from megatron_sage.reporting.schedule import write_schedule
-from megatron_sage.rewards.build import build_reward
+from megatron_sage.rewards.build import accounts, build_reward
 from megatron_sage.training.evaluation import describe_evaluation, evaluate
 from megatron_sage.training.export import write_export
 from megatron_sage.training.metrics import MetricsLog, environment
@@ -67,6 +67,8 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
     optimizer = build_optimizer(config, ddp, engine.dtype)
     prompts = encode_prompts(config, engine, [*rows, *held_out])
     codec, reward = load_codec(config), build_reward(config.reward, device())
+    for line in accounts(reward):
+        reporter.line(line)
     trainer = supervision.trainer = Trainer(engine, ddp, optimizer, prompts[: len(rows)], codec, reward, reporter)
     trainer.cursor.digest = data.digest
     validation = prompts[len(rows) :]

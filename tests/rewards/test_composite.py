@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sage.config import Config, dump, load_config
 from megatron_sage.config.reward_rules import check_reward
-from megatron_sage.config.schema import MoreReward, RewardConfig
+from megatron_sage.config.schema import MoreReward, RewardConfig, VideoConfig
 from megatron_sage.errors import UserError
 from megatron_sage.rewards.build import build_reward
 
@@ -23,9 +23,9 @@ class Brightness:
         self.scale, self.offset, self.device = scale, offset, device
 
     @classmethod
-    def check_run(cls, frames: int, height: int, width: int, fps: float, scale: float, **_: float) -> None:
-        if scale == 0 or frames < 2:
-            raise UserError(f"scale={scale}, {frames} frames: nothing to see")
+    def check_run(cls, video: VideoConfig, /, scale: float, **_: float) -> None:
+        if scale == 0 or video.frames < 2:
+            raise UserError(f"scale={scale}, {video.frames} frames: nothing to see")
 
     def __call__(self, videos, prompts, fps):
         return {"bright": np.array([self.scale * v.mean() + self.offset for v in videos])}
