@@ -317,6 +317,8 @@ def test_another_architecture_is_named(files, tmp_path):
     path = tmp_path / "model" / "transformer" / "config.json"
     path.write_text('{"_class_name": "WanTransformer3DModel"}')
     assert "_class_name=WanTransformer3DModel" in refusal(files)
+    path.write_text('{"_class_name": "HunyuanVideo15Transformer3DModel", "use_meanflow": true}')
+    assert "use_meanflow=true" in refusal(files)
     path.write_text('{"_class_name": ')
     assert f"{path}: not valid JSON" in refusal(files)
 
