@@ -106,12 +106,7 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
 
     `training=False`: only what sampling needs; its prompts may come from elsewhere, and nothing is rewarded or learnt.
     """
-    # Types again: a Config built in Python has not passed through load_config.
-    bind(Config, dataclasses.asdict(config), "", {})
-    for key, comparison, bound, cure in _BOUNDS:
-        value = _get(config, key)
-        if value is not None and not _COMPARE[comparison](value, bound):
-            _refuse(key, value, f"must be {comparison} {bound}; {cure}")
+    _check_values(config)
     _check_names(config)
     replicas = check_world(config.parallel, world_size)
     _check_video(config)
@@ -127,6 +122,33 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
     check_reward(config)
     _check_prompt_files(config)
     _check_updates(config, world_size)
+
+
+def validate_layout(config: Config, world_size: int, transformer: dict[str, Any]) -> None:
+    """The same rules for planning: without files, and without what this machine, which will not run it, lacks.
+
+    `transformer`: the model's config.json.
+    """
+    _check_values(config)
+    replicas = check_world(config.parallel, world_size)
+    _check_video(config)
+    check_precision(config, here=False)
+    check_lora(config)
+    _check_sizes(config, transformer, "transformer/config.json", here=False)
+    _check_groups(config, replicas)
+    _check_method(config)
+    check_optimizer(config, here=False)
+    check_state(config)
+    _check_updates(config, world_size)
+
+
+def _check_values(config: Config) -> None:
+    # Types again: a Config built in Python has not passed through load_config.
+    bind(Config, dataclasses.asdict(config), "", {})
+    for key, comparison, bound, cure in _BOUNDS:
+        value = _get(config, key)
+        if value is not None and not _COMPARE[comparison](value, bound):
+            _refuse(key, value, f"must be {comparison} {bound}; {cure}")
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -232,11 +254,15 @@ def _check_architecture(config: Config, path: Path) -> None:
             f"{path}: use_meanflow=true: the step-distilled model takes the next step's time as well, which only "
             "`convert` and `verify` support; name the base model"
         )
+    _check_sizes(config, content, path)
+
+
+def _check_sizes(config: Config, content: dict[str, Any], path: str | Path, here: bool = True) -> None:
     sizes = [content.get("num_attention_heads"), content.get("num_layers", 54)]  # diffusers' default
     for key, value in zip(("num_attention_heads", "num_layers"), sizes, strict=True):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{path}: {key}={value}: expects a whole number >= 1")
-    check_model_layout(config.parallel, *sizes)
+    check_model_layout(config.parallel, *sizes, here=here)
     check_fp8_blocks(config, sizes[1])
     check_lora_sizes(config, content)
 
