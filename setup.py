@@ -38,6 +38,7 @@ EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=1.52,<3"],
     "parquet": ["pyarrow>=21,<27"],
     "rewards": ["peft>=0.21,<0.22"],
+    "wandb": ["wandb>=0.22,<0.32"],
     "dev": [
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",

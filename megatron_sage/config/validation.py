@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_sage.config.layout import check_model_layout, check_schedule, check_world
 from megatron_sage.config.loading import bind
+from megatron_sage.config.logging_rules import check_logging
 from megatron_sage.config.reward_rules import check_reward
 from megatron_sage.config.schema import Config, lambda_max
 from megatron_sage.config.state_rules import (
@@ -98,6 +99,7 @@ _BOUNDS: list[tuple[str, str, float, str]] = [
     ("evaluation.samples_per_prompt", ">=", 1, "evaluation.prompts=null switches evaluation off"),
     ("evaluation.num_steps", ">=", 1, "40 is the usual number"),
     ("evaluation.videos", ">=", 0, "0 shows none"),
+    ("logging.peak_tflops", ">", 0, "null takes a known GPU's data sheet"),
 ]
 
 
@@ -120,6 +122,7 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
     check_optimizer(config)
     check_state(config)
     check_reward(config)
+    check_logging(config)
     _check_prompt_files(config)
     _check_updates(config, world_size)
 
