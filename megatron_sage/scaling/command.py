@@ -104,7 +104,7 @@ class Study:
         self.reporter = Reporter(os.environ.get("RANK", "0") == "0")
 
     def run(self, cells: list[Cell]) -> list[Row]:
-        """All cells; the files are written anew after each."""
+        """All cells; the files are written anew after each that was measured."""
         self.out.mkdir(parents=True, exist_ok=True)
         cells += [cell for cell in self.earlier() if cell not in cells]
         rows: list[Row] = []
@@ -112,7 +112,9 @@ class Study:
             row = self.row(cell)
             rows.append(row)
             self.reporter.line(f"{number}/{len(cells)} {cell.name}: {_say(row)}")
-            self.write(rows)
+            if row.status in (MEASURED, FAILED):  # hours may follow, and the job may end
+                self.write(rows)
+        self.write(rows)
         self.reporter.line(f"{self.out / 'scaling.html'}, {self.out / 'scaling.csv'}")
         return rows
 

@@ -115,7 +115,8 @@ def page(rows: Sequence[Row], title: str, machine: str, png: bytes) -> str:
 <title>{escape(title)} · scaling</title><style>{CSS}</style></head>
 <body><main>
 <header><p class="run">megatron_sage · scaling study</p><h1>{escape(title)}</h1>
-<p class="lead">{escape(machine)} Medians of the iterations behind the warm-up. strong: the same prompts on more devices;
+<p class="lead">{escape(machine)} Medians of the iterations behind the warm-up. strong: the same prompts on
+more devices;
 weak: as many prompts for each replica. Efficiency: videos an hour and device, over the fastest layout on the fewest
 devices. Rows marked predicted are the planner's, computed and not measured.</p></header>
 <div class="card"><img alt="throughput, efficiency, phases" style="width:100%" src="data:image/png;base64,{picture}">
