@@ -52,7 +52,8 @@ class Count:
         if number == 0:
             return Count()
         values = (self.elements, self.trained, self.padded, self.matrices, self.norms, self.local)
-        return Count(*(value * number for value in values), self.largest)
+        scaled = [value * number for value in values]
+        return Count(*scaled, largest=self.largest)
 
 
 def frozen(name: str, num_layers: int) -> bool:
