@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_sage.config.schema import Config
 from megatron_sage.config.validation import validate_layout
@@ -59,19 +58,21 @@ class _Codec:
 
 
 class _Reward:
-    """Made-up scores, different for every video."""
+    """Made-up scores."""
 
     dimensions = DIMENSIONS
 
     def __call__(self, videos: list[np.ndarray], prompts: list[str], fps: float) -> dict[str, np.ndarray]:
-        return {name: np.arange(len(videos), dtype=np.float64) for name in self.dimensions}
+        return {name: np.ones(len(videos)) for name in self.dimensions}
 
 
 class _Trainer(Trainer):
     """Tells which phase it is in; takes its own rewards for those of all replicas."""
 
     tracker: Tracker
-    counters: dict[str, CollectiveCounter]
+    counter: CollectiveCounter | None = None  # the innermost
+    traffic: dict[str, Counter[tuple[str, str]]]
+    calls: dict[str, Counter[tuple[str, str]]]
     steps: Any = None  # of `iteration_steps`: the method's numbers, made where tensors have data
 
     def _choose_steps(self) -> None:
@@ -83,21 +84,34 @@ class _Trainer(Trainer):
         with self._watched(name), super()._phase(name, total) as tick:
             yield tick
 
+    def _update(self, trajectories: Any) -> Any:
+        with self._watched("optimizer"):  # what is no micro-step: the step, and the statistics behind all of them
+            return super()._update(trajectories)
+
     @contextmanager
     def _watched(self, name: str) -> Iterator[None]:
+        """Collectives and bytes inside belong to this phase, but for phases within it."""
         before = self.tracker.phase
         self.tracker.enter(name)
-        counter = self.counters.setdefault(name, CollectiveCounter(self.engine.groups))
+        counter, outer = CollectiveCounter(self.engine.groups), self.counter
+        self.counter = counter
         with counter:
             yield
+        self.counter = outer
+        if outer is not None:  # it has seen these, too
+            outer.bytes.subtract(counter.bytes)
+            outer.calls.subtract(counter.calls)
+        self.traffic.setdefault(name, Counter()).update(counter.bytes)
+        self.calls.setdefault(name, Counter()).update(counter.calls)
         self.tracker.enter(before)
 
-    def _over_replicas(self, columns: torch.Tensor) -> np.ndarray:
-        group = self.engine.groups.dp
-        parts = [torch.empty(columns.shape, dtype=columns.dtype) for _ in range(group.size())]
+    def _score(self, trajectories: Any) -> Any:
         with self._watched("decode"):
-            dist.all_gather(parts, torch.empty(columns.shape, dtype=columns.dtype), group=group)
-        return np.tile(columns.numpy(), group.size())
+            return super()._score(trajectories)
+
+    def _assign_advantages(self, *arguments: Any) -> None:
+        with self._watched("reward"):
+            super()._assign_advantages(*arguments)
 
     def _step(self, statistics: Any) -> list[float]:
         with self._watched("optimizer"):
@@ -132,7 +146,7 @@ def dry_run(
             tracker.enter("references")
             codec: Any = _Codec()
             trainer = _Trainer(engine, ddp, optimizer, [prompt], codec, _Reward(), Reporter(False))
-            trainer.tracker, trainer.counters = tracker, {}
+            trainer.tracker, trainer.traffic, trainer.calls = tracker, {}, {}
             tracker.on_host(_host_tensors(config, trainer))
             trainer.noise_floor = object()  # type: ignore[assignment]  # what it measures needs numbers
             tracker.enter("between")
@@ -150,8 +164,8 @@ def dry_run(
             ends=tracker.ends,
             host=tracker.host,
             flops=_by_phase(tracker.flops),
-            traffic={name: _named(counter.bytes) for name, counter in trainer.counters.items()},
-            calls={name: _named(counter.calls) for name, counter in trainer.counters.items()},
+            traffic={name: _named(found) for name, found in trainer.traffic.items()},
+            calls={name: _named(found) for name, found in trainer.calls.items()},
             seconds=time.perf_counter() - begin,
         )
 
@@ -230,7 +244,7 @@ def _by_phase(flops: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
 
 
 def _named(counter: Counter[tuple[str, str]]) -> dict[str, int]:
-    return {f"{operation} {group}": value for (operation, group), value in counter.items()}
+    return {f"{operation} {group}": value for (operation, group), value in counter.items() if value}
 
 
 def report(config: Config, transformer: dict[str, Any], texts: tuple[Text, Text], options: argparse.Namespace) -> int:

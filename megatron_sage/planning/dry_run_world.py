@@ -4,7 +4,7 @@ What has to give way for that, and why:
 * torch's `fake` process group answers every collective at once. Megatron would make gloo groups beside its own, which
   no partner would ever join: it is told not to.
 * `FakeTensorMode` computes shapes only. Where the program looks at a number (a count, a norm, a flag), `Numbers`
-  answers: 1.0 for a float, 0 for a whole number, True for a truth value; with these the checks for nan, for replicas
+  (or, for whole arrays, `_ones`) answers: 1.0 for a float, 0 for a whole number, True for a truth value; with these the checks for nan, for replicas
   that differ and for stop signals pass, and an update is made.
 * Noise is drawn by numpy: it would be real, and slow, so it becomes an empty tensor.
 * An anchor adds its bits up in a thread, where no mode is active: its sum is 0.
@@ -20,10 +20,11 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from megatron_sage import anchor, engine
 from megatron_sage.errors import UserError
@@ -42,6 +43,14 @@ class Numbers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return True if args[0].dtype is torch.bool else _ANSWERS[args[0].dtype.is_floating_point]
+        if func.namespace == "c10d" and func.name().endswith("coalesced_"):
+            # FakeTensorMode knows the plain collectives only: the group is asked with other tensors
+            least = min(x.numel() for arg in args if isinstance(arg, list) for x in arg)
+            with _disable_current_modes():
+                small = [
+                    [torch.zeros(x.numel() // least) for x in arg[:1]] if isinstance(arg, list) else arg for arg in args
+                ]
+                return func(*small, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -87,6 +96,7 @@ def _replacements(transformer: dict[str, Any]) -> list[tuple[Any, str, Callable[
         (norm.F, "rms_norm", _fused_rms_norm),
         (torch.nn.Module, "_apply", _apply_in_place),
         (dist, "all_gather_object", _own_object),
+        (torch.Tensor, "numpy", _ones),
     ]
 
 
@@ -114,6 +124,10 @@ def _apply_in_place(self: torch.nn.Module, function: Any, recurse: bool = True) 
 
 def _own_object(found: list[Any], mine: Any, group: Any = None) -> None:
     found[:] = [mine] * len(found)
+
+
+def _ones(self: torch.Tensor, **options: Any) -> np.ndarray:
+    return np.ones(self.shape, str(self.dtype).removeprefix("torch."))
 
 
 class _FusedRMSNorm(torch.autograd.Function):
