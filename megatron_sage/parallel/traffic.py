@@ -53,6 +53,7 @@ class CollectiveCounter(TorchDispatchMode):
         named = {
             "world": dist.group.WORLD,
             "replica": groups.replica,
+            "dist_opt": getattr(collection, "intra_dist_opt", None),
             "dp_cp": collection.dp_cp,
             "tp_cp": collection.tp_cp,
             "mp": collection.mp,

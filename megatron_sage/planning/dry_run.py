@@ -1,9 +1,7 @@
 """One rank of a layout runs an iteration of the real trainer, at full size, on tensors without data."""
 
-import argparse
 import copy
 import dataclasses
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -37,6 +35,7 @@ class DryRun:
 
     rank: int
     world_size: int
+    steps: int  # of the rollout
     places: dict[str, int]  # rank and size in each group
     shapes: dict[str, list[int]]
     parameters: int
@@ -84,6 +83,10 @@ class _Trainer(Trainer):
         with self._watched(name), super()._phase(name, total) as tick:
             yield tick
 
+    def _roll_out(self) -> Any:
+        with self._watched("rollout"):
+            return super()._roll_out()
+
     def _update(self, trajectories: Any) -> Any:
         with self._watched("optimizer"):  # what is no micro-step: the step, and the statistics behind all of them
             return super()._update(trajectories)
@@ -98,11 +101,10 @@ class _Trainer(Trainer):
         with counter:
             yield
         self.counter = outer
-        if outer is not None:  # it has seen these, too
-            outer.bytes.subtract(counter.bytes)
-            outer.calls.subtract(counter.calls)
-        self.traffic.setdefault(name, Counter()).update(counter.bytes)
-        self.calls.setdefault(name, Counter()).update(counter.calls)
+        for total, seen in ((self.traffic, counter.bytes), (self.calls, counter.calls)):
+            total.setdefault(name, Counter()).update(seen)
+            if outer is not None:  # the phase around it sees these, too
+                total.setdefault(before, Counter()).subtract(seen)
         self.tracker.enter(before)
 
     def _score(self, trajectories: Any) -> Any:
@@ -129,7 +131,7 @@ def dry_run(
     Raises UserError where a real run would be refused, and whatever a real run raises where shapes, groups or settings
     do not fit together.
     """
-    config = _shortened(config, gpus, steps)
+    config = shortened(config, gpus, steps)
     transformer = HunyuanVideoConfig.from_diffusers(transformer).to_diffusers()
     _check(config, gpus, transformer)
     begin = time.perf_counter()
@@ -156,7 +158,10 @@ def dry_run(
         return DryRun(
             rank=rank,
             world_size=gpus,
-            places={f"{n}_{k}": getattr(groups, f"{n}_{k}") for n in ("tp", "cp", "pp", "dp") for k in ("rank", "size")},
+            steps=config.sampler.num_steps,
+            places={
+                f"{n}_{k}": getattr(groups, f"{n}_{k}") for n in ("tp", "cp", "pp", "dp") for k in ("rank", "size")
+            },
             shapes=_shapes(engine, prompt),
             parameters=sum(p.numel() for p in parameters),
             trained=sum(p.numel() for p in parameters if p.requires_grad),
@@ -170,7 +175,7 @@ def dry_run(
         )
 
 
-def _shortened(config: Config, gpus: int, steps: int) -> Config:
+def shortened(config: Config, gpus: int, steps: int) -> Config:
     config = copy.deepcopy(config)
     parallel = config.parallel
     data = parallel.data or max(1, gpus // (parallel.tensor * parallel.context * parallel.pipeline))
@@ -179,6 +184,7 @@ def _shortened(config: Config, gpus: int, steps: int) -> Config:
     window = config.sampler.sde_window
     if window.size is not None:
         window.size, window.start = min(window.size, config.sampler.num_steps), 0
+    config.data.prompts, config.evaluation.prompts = "", None
     config.model.pretrained = config.model.pretrained or "none"
     config.model.weights = config.model.weights or "none"
     return config
@@ -245,10 +251,3 @@ def _by_phase(flops: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
 
 def _named(counter: Counter[tuple[str, str]]) -> dict[str, int]:
     return {f"{operation} {group}": value for (operation, group), value in counter.items() if value}
-
-
-def report(config: Config, transformer: dict[str, Any], texts: tuple[Text, Text], options: argparse.Namespace) -> int:
-    """Run and print."""
-    found = dry_run(config, transformer, texts, options.gpus, options.rank, options.steps)
-    print(json.dumps(dataclasses.asdict(found)))
-    return 0

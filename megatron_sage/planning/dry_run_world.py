@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from megatron_sage import anchor, engine
 from megatron_sage.errors import UserError
 from megatron_sage.model import lora, norm
-from megatron_sage.parallel import noise
+from megatron_sage.model.rope import rotary_table
+from megatron_sage.parallel import groups, noise
 
 from megatron.core import parallel_state  # isort: skip
 
@@ -77,8 +78,7 @@ def fake_world(rank: int, size: int, transformer: dict[str, Any]) -> Iterator[No
             stack.enter_context(Numbers())
             yield
     finally:
-        from megatron_sage.parallel import groups
-
+        rotary_table.cache_clear()  # the tables are without data
         groups.shutdown()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -34,7 +34,7 @@ class Count:
     local: int = 0
     """Trained copies whose gradient, with sequence parallelism, is of this rank's tokens."""
     largest: int = 0
-    """The largest trained parameter."""
+    """The largest of Muon's matrices."""
 
     def __add__(self, other: "Count") -> "Count":
         return Count(
@@ -129,7 +129,13 @@ def _count(elements: int, trained: bool, matrix: bool, name: str) -> Count:
     row_bias = name.startswith(BLOCKS) and name.endswith(("_proj.bias", "linear_fc2.bias"))
     local = row_bias or name.startswith(("x_embedder.", "proj_out."))
     return Count(
-        elements, elements, padded, elements * matrix, elements * norm, elements * (local and not norm), elements
+        elements,
+        elements,
+        padded,
+        elements * matrix,
+        elements * norm,
+        elements * (local and not norm),
+        elements * matrix,
     )
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from megatron_sage.config.schema import Config, position_references
 from megatron_sage.grpo.schedule import shifted_sigmas
@@ -46,6 +47,7 @@ class Workload:
     loss_terms: int
     reference_in_training: bool
     anchor_interval: int
+    prompts: int  # whose embeddings wait on the device: all of the run
 
     @classmethod
     def of(cls, config: Config, data: int, conditional: Text, unconditional: Text) -> "Workload":
@@ -75,6 +77,7 @@ class Workload:
             loss_terms=1 + (position_weight > 0) + closed + ("initial" in position_references(kl)),
             reference_in_training=kl.phase == "training",
             anchor_interval=kl.anchor_interval,
+            prompts=_prompts(config),
         )
 
     @property
@@ -122,6 +125,13 @@ class Workload:
         flights, steps = (self.flights, self.steps) if chained else (self.pairs, 1)
         branches = len(self.rollout_texts if chained else self.training_texts)
         return _plan_length(flights, steps, branches, stages, chunks, chained), flights * steps * branches * chunks
+
+
+def _prompts(config: Config) -> int:
+    """Lines of the prompt files where they are at hand, else what one iteration takes."""
+    files = [Path(name) for name in (config.data.prompts, config.evaluation.prompts) if name]
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files if path.is_file())
+    return max(lines, config.grpo.prompts_per_iteration)
 
 
 @lru_cache(maxsize=1024)
@@ -215,9 +225,11 @@ def optimizer_traffic(place: Place, work: Workload, muon: bool) -> Traffic:
     if muon and tensor > 1:  # Muon gathers the direction of what is split, in fp32
         split = sum(sum(p.matrices for p in chunk_parts(place.config, place.stage, n)) for n in _chunks(place))
         total["all_gather", "tp"] += work.updates * 4 * split * tensor
-    if tensor * stages > 1:
-        total["all_reduce", "mp"] += 2 * work.updates * SCALAR  # the gradient's norm, before the step and in it
-    if place.data * tensor * stages * context > 1:
+    every = place.data * tensor * stages * context
+    ranks, group = (every, "dist_opt") if place.distributed else (tensor * stages, "mp")
+    if ranks > 1:
+        total["all_reduce", group] += 2 * work.updates * SCALAR  # the gradient's norm, before the step and in it
+    if every > 1:
         total["all_reduce", "world"] += 4 * work.updates
     return total
 
