@@ -4,8 +4,8 @@ import copy
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ from megatron_sage.rollout.policy import Prompt
 from megatron_sage.training.optimizer import build_optimizer, wrap
 from megatron_sage.training.trainer import Trainer
 
-DIMENSIONS = ("VQ", "MQ", "TA")
+PLACES = [f"{group}_{what}" for group in ("tp", "cp", "pp", "dp") for what in ("rank", "size")]
+DIMENSIONS: tuple[str, ...] = ("VQ", "MQ", "TA")
 
 
 @dataclasses.dataclass
@@ -59,9 +60,9 @@ class _Codec:
 class _Reward:
     """Made-up scores."""
 
-    dimensions = DIMENSIONS
+    dimensions: tuple[str, ...] = DIMENSIONS
 
-    def __call__(self, videos: list[np.ndarray], prompts: list[str], fps: float) -> dict[str, np.ndarray]:
+    def __call__(self, videos: Sequence[np.ndarray], prompts: Sequence[str], fps: float) -> dict[str, np.ndarray]:
         return {name: np.ones(len(videos)) for name in self.dimensions}
 
 
@@ -131,9 +132,9 @@ def dry_run(
     Raises UserError where a real run would be refused, and whatever a real run raises where shapes, groups or settings
     do not fit together.
     """
-    config = shortened(config, gpus, steps)
     transformer = HunyuanVideoConfig.from_diffusers(transformer).to_diffusers()
     _check(config, gpus, transformer)
+    config = shortened(config, gpus, steps, transformer)
     begin = time.perf_counter()
     _Trainer.steps = iteration_steps(config, 0)
     with fake_world(rank, gpus, transformer):
@@ -159,9 +160,7 @@ def dry_run(
             rank=rank,
             world_size=gpus,
             steps=config.sampler.num_steps,
-            places={
-                f"{n}_{k}": getattr(groups, f"{n}_{k}") for n in ("tp", "cp", "pp", "dp") for k in ("rank", "size")
-            },
+            places={key: getattr(groups, key) for key in PLACES},
             shapes=_shapes(engine, prompt),
             parameters=sum(p.numel() for p in parameters),
             trained=sum(p.numel() for p in parameters if p.requires_grad),
@@ -175,12 +174,24 @@ def dry_run(
         )
 
 
-def shortened(config: Config, gpus: int, steps: int) -> Config:
+def shortened(config: Config, gpus: int, steps: int, transformer: dict[str, Any]) -> Config:
+    """One prompt a replica and `steps` denoising steps, or the least number above that keeps all rules."""
+    for number in range(min(steps, config.sampler.num_steps), config.sampler.num_steps):
+        found = _shortened(config, gpus, number)
+        with suppress(UserError):
+            validate_layout(found, gpus, transformer)
+            return found
+    found = _shortened(config, gpus, config.sampler.num_steps)
+    validate_layout(found, gpus, transformer)
+    return found
+
+
+def _shortened(config: Config, gpus: int, steps: int) -> Config:
     config = copy.deepcopy(config)
     parallel = config.parallel
     data = parallel.data or max(1, gpus // (parallel.tensor * parallel.context * parallel.pipeline))
     config.grpo.prompts_per_iteration = data
-    config.sampler.num_steps = min(steps, config.sampler.num_steps)
+    config.sampler.num_steps = steps
     window = config.sampler.sde_window
     if window.size is not None:
         window.size, window.start = min(window.size, config.sampler.num_steps), 0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_sage.config.schema import Config
+from megatron_sage.model.config import HunyuanVideoConfig
 from megatron_sage.planning.dry_run import DryRun, dry_run, shortened
 from megatron_sage.planning.flops import Flops, Text, stage_flops
 from megatron_sage.planning.machine import Assumptions
@@ -28,7 +29,8 @@ PHASES = ("rollout", "decode", "reference", "train", "optimizer")
 
 def planned(config: Config, transformer: dict[str, Any], texts: tuple[Text, Text], found: DryRun) -> dict[str, Any]:
     """{"traffic", "flops", "memory"} by phase, as the formulas have them for the rank of `found`."""
-    config = shortened(config, found.world_size, found.steps)
+    transformer = HunyuanVideoConfig.from_diffusers(transformer).to_diffusers()
+    config = shortened(config, found.world_size, found.steps, transformer)
     config.parallel.data = found.places["dp_size"]
     place = places_of(config, transformer)[found.places["pp_rank"]]
     work = Workload.of(config, config.parallel.data, *texts)
@@ -90,8 +92,9 @@ def as_text(found: DryRun, formulas: dict[str, Any]) -> str:
         for name in ("tp", "cp", "pp", "dp")
     )
     lines = [
-        f"rank {found.rank} of {found.world_size}: {places}; {found.parameters:,} parameters, {found.trained:,} trained",
-        f"one iteration of {found.steps} steps and one prompt a replica, in {found.seconds:.0f} s, on tensors without data",
+        f"rank {found.rank} of {found.world_size}: {places}",
+        f"{found.parameters:,} parameters, {found.trained:,} of them trained",
+        f"one iteration of {found.steps} steps, one prompt a replica, tensors without data: {found.seconds:.0f} s",
         "shapes: " + ", ".join(f"{name} {shape}" for name, shape in found.shapes.items()),
         "",
         f"{'phase':16} {'peak GB':>9} {'formula':>9} {'end GB':>9} {'TFLOP':>10} {'formula':>10}",

@@ -4,8 +4,8 @@ What has to give way for that, and why:
 * torch's `fake` process group answers every collective at once. Megatron would make gloo groups beside its own, which
   no partner would ever join: it is told not to.
 * `FakeTensorMode` computes shapes only. Where the program looks at a number (a count, a norm, a flag), `Numbers`
-  (or, for whole arrays, `_ones`) answers: 1.0 for a float, 0 for a whole number, True for a truth value; with these the checks for nan, for replicas
-  that differ and for stop signals pass, and an update is made.
+  (or, for whole arrays, `_ones`) answers: 1.0 for a float, 0 for a whole number, True for a truth value; with these the
+  checks for nan, for replicas that differ and for stop signals pass, and an update is made.
 * Noise is drawn by numpy: it would be real, and slow, so it becomes an empty tensor.
 * An anchor adds its bits up in a thread, where no mode is active: its sum is 0.
 * RMSNorm is one kernel on a GPU and keeps its input; torch's CPU path would keep fp32 copies.

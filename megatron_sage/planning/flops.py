@@ -93,9 +93,8 @@ def stage_flops(
             backward += Flops(block.blocks * factor, block.attention * 2, block.rest * factor)
             again += Flops(attention=block.attention * (FUSED_BACKWARD - 2))
             again += _recomputed(config, block, mlp)
-        ends, ends_backward, repeated = _ends(
-            place, text, virtual, context_rank * place.split + tensor_rank % place.split
-        )
+        token_rank = context_rank * place.split + tensor_rank % place.split
+        ends, ends_backward, repeated = _ends(place, text, virtual, token_rank)
         forward += ends
         if not adapters:
             backward += ends_backward
@@ -155,6 +154,8 @@ def _ends(place: Place, text: Text, virtual: int, token_rank: int) -> tuple[Flop
         backward += patches + leaves + 2 * inner
         attention = config.num_refiner_layers * 4.0 * batch * text.qwen**2 * hidden
         repeated = leaves + inner
+        if text.glyph and not text.image:  # torch stops where nothing more is kept: before the glyphs' last linear
+            repeated -= 2 * batch * text.glyph * BYT5_INNER_WIDTH * hidden
     if virtual == len(stages) * len(stages[0]) - 1:
         parts = config.context_parallel_size * place.split
         valid = TokenShard(place.video_tokens, parts, token_rank, config.fp8_alignment).valid

@@ -51,9 +51,15 @@ class Count:
         """Of so many equal parts."""
         if number == 0:
             return Count()
-        values = (self.elements, self.trained, self.padded, self.matrices, self.norms, self.local)
-        scaled = [value * number for value in values]
-        return Count(*scaled, largest=self.largest)
+        return Count(
+            self.elements * number,
+            self.trained * number,
+            self.padded * number,
+            self.matrices * number,
+            self.norms * number,
+            self.local * number,
+            self.largest,
+        )
 
 
 def frozen(name: str, num_layers: int) -> bool:
@@ -130,12 +136,12 @@ def _count(elements: int, trained: bool, matrix: bool, name: str) -> Count:
     local = row_bias or name.startswith(("x_embedder.", "proj_out."))
     return Count(
         elements,
-        elements,
-        padded,
-        elements * matrix,
-        elements * norm,
-        elements * (local and not norm),
-        elements * matrix,
+        trained=elements,
+        padded=padded,
+        matrices=elements * matrix,
+        norms=elements * norm,
+        local=elements * (local and not norm),
+        largest=elements * matrix,
     )
 
 

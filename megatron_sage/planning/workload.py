@@ -11,7 +11,7 @@ from megatron_sage.grpo.trust_region import term_weights
 from megatron_sage.parallel.pipeline import plan_slots
 from megatron_sage.parallel.sequence import TokenShard
 from megatron_sage.planning.flops import Text
-from megatron_sage.planning.sizes import chunk_parts
+from megatron_sage.planning.sizes import chunk_parts, part_counts
 from megatron_sage.planning.traffic import (
     SCALAR,
     Place,
@@ -175,6 +175,8 @@ def streamed_bytes(place: Place, work: Workload) -> int:
     """Weights of references that pass through the device's slots: every block for every forward, the rest once."""
     forwards = work.pairs * len(work.training_texts)
     total = 0
+    if sum(len(blocks) for blocks in place.config.stage_blocks[place.stage]) > 1:
+        total = place.element * part_counts(place.config, place.lora)["block"].trained  # fetched at the end, in vain
     for number, blocks in enumerate(place.config.stage_blocks[place.stage]):
         body, rest = chunk_parts(place.config, place.stage, number, place.lora)
         # a single block stays in its slot
