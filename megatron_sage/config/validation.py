@@ -285,7 +285,7 @@ def _check_sizes(config: Config, content: dict[str, Any], path: str | Path, here
     for key, value in zip(("num_attention_heads", "num_layers"), sizes, strict=True):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{path}: {key}={value}: expects a whole number >= 1")
-    check_model_layout(config.parallel, *sizes, here=here)
+    check_model_layout(config.parallel, sizes[0], sizes[1], here)
     check_fp8_blocks(config, sizes[1])
     check_lora_sizes(config, content)
 

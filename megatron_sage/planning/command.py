@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     transformer = transformer_config(config)
     texts = _texts(options)
     if options.dry_run:
-        from megatron_sage.planning.dry_run import report
+        from megatron_sage.planning.dry_run_report import report
 
         return report(config, transformer, texts, options)
     from megatron_sage.planning.plan import make_plan

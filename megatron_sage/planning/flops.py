@@ -73,8 +73,10 @@ def model_forward(transformer: HunyuanVideoConfig, video_tokens: int, text: Text
     return stage_flops(Place(plain, 0, video_tokens, 1), text).forward
 
 
-def stage_flops(place: Place, text: Text, context_rank: int = 0, adapters: bool = False) -> StageFlops:
-    """Of a rank of `place`'s stage; `context_rank`: the first one has most real tokens.
+def stage_flops(
+    place: Place, text: Text, context_rank: int = 0, tensor_rank: int = 0, adapters: bool = False
+) -> StageFlops:
+    """Of a rank of `place`'s stage; of all ranks the first ones have most real tokens.
 
     `adapters`: the blocks' own weights are frozen, so their gradients are not computed; the adapters themselves, a
     thousandth, are not counted.
@@ -91,7 +93,8 @@ def stage_flops(place: Place, text: Text, context_rank: int = 0, adapters: bool 
             backward += Flops(block.blocks * factor, block.attention * 2, block.rest * factor)
             again += Flops(attention=block.attention * (FUSED_BACKWARD - 2))
             again += _recomputed(config, block, mlp)
-        ends, ends_backward, repeated = _ends(place, text, virtual)
+        token_rank = context_rank * place.split + tensor_rank % place.split
+        ends, ends_backward, repeated = _ends(place, text, virtual, token_rank)
         forward += ends
         if not adapters:
             backward += ends_backward
@@ -128,7 +131,7 @@ def _recomputed(config: HunyuanVideoConfig, block: Flops, mlp: float) -> Flops:
     return Flops(mlp if "mlp" in modules else 0, block.attention if "core_attn" in modules else 0)
 
 
-def _ends(place: Place, text: Text, virtual: int) -> tuple[Flops, Flops, Flops]:
+def _ends(place: Place, text: Text, virtual: int, token_rank: int) -> tuple[Flops, Flops, Flops]:
     """(forward, backward, repeated in the backward) of what is no block; it is whole on every TP and CP rank.
 
     Where an input wants no gradient (latents, embeddings, sinusoids) its linear's backward is one GEMM, not two.
@@ -151,10 +154,11 @@ def _ends(place: Place, text: Text, virtual: int) -> tuple[Flops, Flops, Flops]:
         backward += patches + leaves + 2 * inner
         attention = config.num_refiner_layers * 4.0 * batch * text.qwen**2 * hidden
         repeated = leaves + inner
+        if text.glyph and not text.image:  # torch stops where nothing more is kept: before the glyphs' last linear
+            repeated -= 2 * batch * text.glyph * BYT5_INNER_WIDTH * hidden
     if virtual == len(stages) * len(stages[0]) - 1:
-        valid = TokenShard(
-            place.video_tokens, config.context_parallel_size * place.split, 0, config.fp8_alignment
-        ).valid
+        parts = config.context_parallel_size * place.split
+        valid = TokenShard(place.video_tokens, parts, token_rank, config.fp8_alignment).valid
         last = 2 * square + 2 * valid * batch * hidden * config.out_channels
         forward += last
         backward += 2 * last

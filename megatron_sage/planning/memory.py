@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 from megatron_sage.config.schema import Config
 from megatron_sage.planning.machine import Assumptions
-from megatron_sage.planning.saved import block_bytes, in_flight, latent_dtype_bytes, saved_by_chunks
+from megatron_sage.planning.saved import in_flight, latent_dtype_bytes, saved_by_chunks
 from megatron_sage.planning.sizes import Count, chunk_counts, chunk_parts, part_counts
 from megatron_sage.planning.traffic import Place, buffer_elements
 from megatron_sage.planning.workload import LATENT, Workload
+from megatron_sage.planning.workspace import backward_workspace, forward_workspace, gathered_bytes
 
 MASTER = 4
 PHASES = ("rollout", "decode", "reward", "reference", "train", "optimizer", "save")
@@ -48,6 +49,7 @@ def rank_memory(config: Config, place: Place, work: Workload, assumed: Assumptio
     _weights(config, place, counts, memory)
     _optimizer(config, place, counts, memory)
     _references(config, place, work, counts, memory)
+    memory.device["text_embeddings"] = work.prompts * _embedding_bytes(place, work)
     memory.device["vae"] = VAE_PARAMETERS * place.element
     memory.device["reward_model"] = assumed.reward_model_bytes
     trajectories = _trajectories(config, place, work)
@@ -63,6 +65,13 @@ def rank_memory(config: Config, place: Place, work: Workload, assumed: Assumptio
     if config.training.async_save:
         memory.host["save_copy"] = save_bytes(config, place, counts)
     return memory
+
+
+def _embedding_bytes(place: Place, work: Workload) -> float:
+    """Of one prompt on every rank; the empty prompt's is one for all."""
+    text, config = work.training_texts[0], place.config
+    elements = text.qwen * config.text_embed_dim + text.glyph * config.text_embed_2_dim
+    return float((elements + text.image * config.image_embed_dim) * place.element)
 
 
 def save_bytes(config: Config, place: Place, counts: Count) -> float:
@@ -155,41 +164,8 @@ def _forwards(config: Config, place: Place, work: Workload, memory: Memory, traj
     train = memory.phases["train"]
     train["activations"] = sum(bytes_ * number for bytes_, number in zip(saved, held, strict=True))
     train["workspace"] = backward_workspace(whole, longest)
-    if place.config.recompute_granularity == "full":
-        train["recomputed_block"] = block_bytes(whole, longest, False, recomputed=False)
-
-
-def forward_workspace(place: Place, text: int) -> float:
-    """Tensors of one block that live at once in a forward without gradient.
-
-    The MLP's: the stream and what it adds, the gathered input, and the inner tensor before and behind its bias.
-    """
-    local, gathered = _unit(place, text)
-    return 3 * local + _hidden_gathered(place, text) + _inner(place, gathered, 2)
-
-
-def backward_workspace(place: Place, text: int) -> float:
-    """Gradients of one block that live at once in its backward."""
-    local, gathered = _unit(place, text)
-    return 6 * local + 2 * _hidden_gathered(place, text) + _inner(place, gathered, 2)
-
-
-def _unit(place: Place, text: int) -> tuple[float, float]:
-    """Bytes of the video stream between attentions, and of the same tokens' heads inside them."""
-    config = place.config
-    row = place.batch * config.hidden_size * place.element
-    gathered = place.context_tokens * row / config.tensor_model_parallel_size
-    return place.context_tokens // place.split * row, gathered
-
-
-def _hidden_gathered(place: Place, text: int) -> float:
-    if place.split == 1:
-        return 0.0
-    return place.context_tokens * place.batch * place.config.hidden_size * place.element
-
-
-def _inner(place: Place, gathered: float, count: int) -> float:
-    return count * gathered * place.config.ffn_hidden_size / place.config.hidden_size
+    memory.device["gather_buffer"] = gathered_bytes(whole, longest)  # Megatron keeps it from its first use on
+    memory.device["rotation"] = work.video_tokens * float(place.config.kv_channels or 0) / 2 * 8  # complex64
 
 
 def _slots(place: Place) -> float:

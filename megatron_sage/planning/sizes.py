@@ -34,7 +34,7 @@ class Count:
     local: int = 0
     """Trained copies whose gradient, with sequence parallelism, is of this rank's tokens."""
     largest: int = 0
-    """The largest trained parameter."""
+    """The largest of Muon's matrices."""
 
     def __add__(self, other: "Count") -> "Count":
         return Count(
@@ -51,8 +51,15 @@ class Count:
         """Of so many equal parts."""
         if number == 0:
             return Count()
-        values = (self.elements, self.trained, self.padded, self.matrices, self.norms, self.local)
-        return Count(*(value * number for value in values), self.largest)
+        return Count(
+            self.elements * number,
+            self.trained * number,
+            self.padded * number,
+            self.matrices * number,
+            self.norms * number,
+            self.local * number,
+            self.largest,
+        )
 
 
 def frozen(name: str, num_layers: int) -> bool:
@@ -128,7 +135,13 @@ def _count(elements: int, trained: bool, matrix: bool, name: str) -> Count:
     row_bias = name.startswith(BLOCKS) and name.endswith(("_proj.bias", "linear_fc2.bias"))
     local = row_bias or name.startswith(("x_embedder.", "proj_out."))
     return Count(
-        elements, elements, padded, elements * matrix, elements * norm, elements * (local and not norm), elements
+        elements,
+        trained=elements,
+        padded=padded,
+        matrices=elements * matrix,
+        norms=elements * norm,
+        local=elements * (local and not norm),
+        largest=elements * matrix,
     )
 
 

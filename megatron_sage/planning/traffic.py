@@ -173,7 +173,8 @@ def _block(place: Place, text: int, last: bool) -> tuple[Traffic, Traffic]:
     if config.sequence_parallel:
         forward["all_gather", "tp"] += columns
         forward["reduce_scatter", "tp"] += rows
-        backward["all_gather", "tp"] += columns + rows  # inputs once more for the weights' gradients
+        # inputs once more for the weights' gradients, which frozen ones do not have
+        backward["all_gather", "tp"] += rows + (columns if place.lora is None else 0)
         backward["reduce_scatter", "tp"] += columns + modulation
     else:
         forward["all_reduce", "tp"] += rows

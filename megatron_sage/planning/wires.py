@@ -14,7 +14,7 @@ from megatron_sage.parallel.traffic import wire_bytes
 from megatron_sage.planning.traffic import Traffic
 
 _AXES = {"pp": (0,), "dp": (1,), "cp": (2,), "tp": (3,), "dp_cp": (1, 2), "tp_cp": (2, 3), "mp": (0, 3),
-         "replica": (0, 2, 3), "world": (0, 1, 2, 3)}  # fmt: skip
+         "replica": (0, 2, 3), "world": (0, 1, 2, 3), "dist_opt": (0, 1, 2, 3)}  # fmt: skip
 
 
 @dataclass(frozen=True)

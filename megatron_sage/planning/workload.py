@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from megatron_sage.config.schema import Config, position_references
 from megatron_sage.grpo.schedule import shifted_sigmas
@@ -10,7 +11,7 @@ from megatron_sage.grpo.trust_region import term_weights
 from megatron_sage.parallel.pipeline import plan_slots
 from megatron_sage.parallel.sequence import TokenShard
 from megatron_sage.planning.flops import Text
-from megatron_sage.planning.sizes import chunk_parts
+from megatron_sage.planning.sizes import chunk_parts, part_counts
 from megatron_sage.planning.traffic import (
     SCALAR,
     Place,
@@ -46,6 +47,7 @@ class Workload:
     loss_terms: int
     reference_in_training: bool
     anchor_interval: int
+    prompts: int  # whose embeddings wait on the device: all of the run
 
     @classmethod
     def of(cls, config: Config, data: int, conditional: Text, unconditional: Text) -> "Workload":
@@ -75,6 +77,7 @@ class Workload:
             loss_terms=1 + (position_weight > 0) + closed + ("initial" in position_references(kl)),
             reference_in_training=kl.phase == "training",
             anchor_interval=kl.anchor_interval,
+            prompts=_prompts(config),
         )
 
     @property
@@ -124,6 +127,13 @@ class Workload:
         return _plan_length(flights, steps, branches, stages, chunks, chained), flights * steps * branches * chunks
 
 
+def _prompts(config: Config) -> int:
+    """Lines of the prompt files where they are at hand, else what one iteration takes."""
+    files = [Path(name) for name in (config.data.prompts, config.evaluation.prompts) if name]
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files if path.is_file())
+    return max(lines, config.grpo.prompts_per_iteration)
+
+
 @lru_cache(maxsize=1024)
 def _plan_length(flights: int, steps: int, branches: int, stages: int, chunks: int, chained: bool) -> int:
     if not chained and chunks == 1:
@@ -165,6 +175,8 @@ def streamed_bytes(place: Place, work: Workload) -> int:
     """Weights of references that pass through the device's slots: every block for every forward, the rest once."""
     forwards = work.pairs * len(work.training_texts)
     total = 0
+    if sum(len(blocks) for blocks in place.config.stage_blocks[place.stage]) > 1:
+        total = place.element * part_counts(place.config, place.lora)["block"].trained  # fetched at the end, in vain
     for number, blocks in enumerate(place.config.stage_blocks[place.stage]):
         body, rest = chunk_parts(place.config, place.stage, number, place.lora)
         # a single block stays in its slot
@@ -215,9 +227,11 @@ def optimizer_traffic(place: Place, work: Workload, muon: bool) -> Traffic:
     if muon and tensor > 1:  # Muon gathers the direction of what is split, in fp32
         split = sum(sum(p.matrices for p in chunk_parts(place.config, place.stage, n)) for n in _chunks(place))
         total["all_gather", "tp"] += work.updates * 4 * split * tensor
-    if tensor * stages > 1:
-        total["all_reduce", "mp"] += 2 * work.updates * SCALAR  # the gradient's norm, before the step and in it
-    if place.data * tensor * stages * context > 1:
+    every = place.data * tensor * stages * context
+    ranks, group = (every, "dist_opt") if place.distributed else (tensor * stages, "mp")
+    if ranks > 1:
+        total["all_reduce", group] += 2 * work.updates * SCALAR  # the gradient's norm, before the step and in it
+    if every > 1:
         total["all_reduce", "world"] += 4 * work.updates
     return total
 
