@@ -142,7 +142,9 @@ class Fingerprinted:
         if weights is None:
             where = " or ".join(self.weight_folders)
             known = f", and {self.record.path} does not know them" if self.record else ""
-            raise UserError(f"{self.root}: weights of {where} are missing{known}; fetch the checkpoint again")
+            raise UserError(
+                f"{self.root}: weights of {where} are missing (safetensors){known}; fetch the checkpoint again"
+            )
         return f"{self.label} {self.settings[:32]} {weights[:32]}"
 
     def remember(self) -> None:

@@ -132,7 +132,8 @@ def test_a_full_cache_needs_no_weights(root: Path, rows: list[PromptRow], cache:
         fill_cache(config, [PromptRow("something new")])
     (cache / "encoders.json").unlink()
     with pytest.raises(
-        UserError, match=r"weights of text_encoder or text_encoder_2 are missing, and .*encoders.json does"
+        UserError,
+        match=r"weights of text_encoder or text_encoder_2 are missing .safetensors., and .*encoders.json does",
     ):
         open_conditions(config, rows)
 
@@ -264,13 +265,13 @@ def test_encoders_of_another_checkpoint_are_refused(tmp_path: Path) -> None:
         open_conditions(run(tmp_path, tmp_path / "cache"), [])
 
 
-def test_a_picture_that_is_gone_is_named(root: Path, tmp_path: Path) -> None:
+def test_a_picture_that_is_gone_is_named(root: Path, cache: Path, tmp_path: Path) -> None:
     gone = PromptRow("a cat", tmp_path / "gone.png")
     with pytest.raises(UserError, match=r"gone.png: cannot be read"):
-        fill_cache(run(root, tmp_path / "cache"), [gone])
+        fill_cache(run(root, cache), [gone])
     (tmp_path / "gone.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"gone.png"):
-        fill_cache(run(root, tmp_path / "cache"), [gone])
+        fill_cache(run(root, cache), [gone])
 
 
 def test_the_command_reads_tables_with_images(capsys, root: Path, rows: list[PromptRow], full: Path) -> None:
