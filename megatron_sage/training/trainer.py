@@ -56,7 +56,7 @@ class Trainer:
     ) -> None:
         config, kl = engine.config, engine.config.kl
         self.engine, self.optimizer = engine, optimizer
-        self.prompts, self.reward, self.reporter = prompts, reward, reporter
+        self.prompts, self.codec, self.reward, self.reporter = prompts, codec, reward, reporter
         self.objective = Objective(config, engine.shape, engine.token_group, counts=engine.groups.cp_rank == 0)
         self.replay = Replay(engine, ddp, optimizer, self.objective)
         self.reference = Reference(engine)

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -132,6 +133,7 @@ def _serve(options: argparse.Namespace, config: Config, token: str | None) -> in
     import ray
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process; replicas: see _deploy
     stop = threading.Event()
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     _start_ray(options.ray_address)
@@ -195,12 +197,13 @@ def _check_cluster(options: argparse.Namespace) -> None:
 def _deploy(options: argparse.Namespace, config: Config, token: str | None) -> list[str]:
     """The running application; its dimensions."""
     from ray import serve
-    from ray.serve.config import HTTPOptions, LoggingConfig, ProxyLocation
+    from ray.serve.config import HTTPOptions, ProxyLocation
+    from ray.serve.schema import LoggingConfig
 
     from megatron_sage.rewards.serving.deployments import APPLICATION, Scorer, make_door
 
     gpus = options.gpus_per_replica
-    logging = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     scorer = serve.deployment(
         Scorer,
         name="Scorer",
@@ -216,10 +219,10 @@ def _deploy(options: argparse.Namespace, config: Config, token: str | None) -> l
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
         http_options=HTTPOptions(host=options.host, port=options.port),
-        logging_config=logging,
+        logging_config=quiet,
     )
     try:
-        handle = serve.run(door, name=APPLICATION, route_prefix="/", logging_config=logging)
+        handle = serve.run(door, name=APPLICATION, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
         raise UserError(f"reward.function={config.reward.function}: {_why(error)}") from error
     return list(handle.dimensions.remote().result()["dimensions"])
