@@ -153,7 +153,7 @@ class RewardConfig:
     timeout_seconds: float = 240.0  # for one attempt to get an answer (ours)
     retries: int = 5  # further attempts before the videos count as lost (ours)
     in_flight: int = 2  # parts of a rank's videos that may wait for their answers (ours)
-    overlap_groups: int | None = None  # groups of a part: while it is scored, the next one is denoised; null: all (ours)
+    overlap_groups: int | None = None  # groups of a part: one is scored while the next is denoised; null: all (ours)
 
 
 @dataclass

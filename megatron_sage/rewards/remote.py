@@ -111,8 +111,8 @@ class RemoteReward:
             try:
                 found = self._exchange("POST", "/score", body, end - begin)
             except _Unanswered as error:
-                attempts = f"{self.settings.retries + 1} attempts"
-                text = f"reward.url={self.url}: {count - begin} videos lost after {attempts}: {error}"
+                after = f"{self.settings.retries} retries"
+                text = f"reward.url={self.url}: the scores of {count - begin} videos are lost after {after}: {error}"
                 print(text, file=sys.stderr, flush=True)
                 break  # the server is gone: what is left is not worth as many attempts again
             for name in self.dimensions:
@@ -137,7 +137,7 @@ class RemoteReward:
         try:
             response = self.pool.request(method, self.url + path, body=body, headers=self.headers, timeout=timeout)
         except urllib3.exceptions.HTTPError as error:
-            raise _Unanswered(f"{type(error).__name__}: {str(error).rpartition(': ')[2]}") from error
+            raise _Unanswered(_reason(error)) from error
         status = response.status
         try:
             content = json.loads(response.data)
@@ -182,6 +182,13 @@ def _authorization(variable: str) -> dict[str, str]:
     if not token.isascii() or not token.isprintable() or " " in token:
         raise UserError(f"the environment variable {variable} (reward.token_env) must hold a token without blanks")
     return headers | {"Authorization": f"Bearer {token}"}
+
+
+def _reason(error: BaseException) -> str:
+    """What lies under urllib3's exceptions, e.g. Connection refused, without the address that is said anyway."""
+    while error.args and isinstance(error.args[-1], BaseException):
+        error = error.args[-1]
+    return f"{type(error).__name__}: {str(error).rpartition(': ')[2]}"
 
 
 def _description(content: Any) -> dict[str, Any]:

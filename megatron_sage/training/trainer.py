@@ -94,7 +94,8 @@ class Trainer:
             random_state.restore(generators.data)
             raise
         control.begin(self.iteration)
-        return row, self.guard.reason_to_stop(bad_rewards, self.engine.config.reward.function)
+        reward = self.engine.config.reward
+        return row, self.guard.reason_to_stop(bad_rewards, reward.url or reward.function)
 
     def _iteration(self) -> tuple[dict[str, Any], bool]:
         begin = time.perf_counter()

@@ -170,7 +170,7 @@ def test_what_never_comes_is_lost_and_nan(fault: Any, capsys: pytest.CaptureFixt
     expected = ShapesReward()(videos, [PROMPT] * 3, 8.0)
     for name, values in answer.scores.items():
         assert values[0] == expected[name][0] and np.isnan(values[1:]).all()
-    assert capsys.readouterr().err.count("2 videos lost after 2 attempts") == 1
+    assert capsys.readouterr().err.count("the scores of 2 videos are lost after 1 retries") == 1
 
 
 @pytest.mark.parametrize(("status", "cure"), [(401, "TOKEN_OF_TEST"), (413, "--max-megabytes"), (422, "prompts"), (404, "is this")])  # fmt: skip

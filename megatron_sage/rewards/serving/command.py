@@ -123,7 +123,9 @@ def read_token(file: str | None, variable: str) -> str | None:
             raise UserError(f"{where}: cannot be read: {reason}; it holds the token in one line") from None
     token = token.strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError(f"{where}: must hold one line of printable ASCII without blanks, e.g. of `openssl rand -hex 32`")
+        raise UserError(
+            f"{where}: must hold one line of printable ASCII without blanks, e.g. of `openssl rand -hex 32`"
+        )
     return token
 
 
