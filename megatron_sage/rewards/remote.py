@@ -143,12 +143,12 @@ class RemoteReward:
             content = json.loads(response.data)
         except (ValueError, RecursionError):
             content = None
-        said = str(content.get("error", "")) if isinstance(content, dict) else ""
+        said = " ".join(str(content.get("error", "")).split())[:500] if isinstance(content, dict) else ""
         if status >= 500 or status in TRY_AGAIN:
-            raise _Unanswered(f"{status} {said[:500]}".rstrip())
+            raise _Unanswered(f"{status} {said}".rstrip())
         if status != 200:
             cure = CURES.get(status, "is this a `megatron-sage serve-rewards`?")
-            reason = f"{status} {said[:500]}".rstrip()
+            reason = f"{status} {said}".rstrip()
             raise UserError(f"reward.url={self.url}: {reason}; {cure.format(variable=self.settings.token_env)}")
         try:
             return _description(content) if body is None else wire.unpack_scores(content, self.dimensions, count)

@@ -132,7 +132,9 @@ class ScoringQueue:
 
 def build_scoring(engine: Engine, codec: VideoCodec, reward: Reward) -> DirectScoring | ScoringQueue:
     """By where the reward is."""
-    return (ScoringQueue if isinstance(reward, RemoteReward) else DirectScoring)(engine, codec, reward)
+    if isinstance(reward, RemoteReward):
+        return ScoringQueue(engine, codec, reward)
+    return DirectScoring(engine, codec, reward)
 
 
 def _texts(trajectories: list[MicroTrajectory]) -> list[str]:

@@ -1,5 +1,6 @@
 """Rewards of the reward server's tests, and a stand-in for the server whose faults a test chooses."""
 
+import json
 import os
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sage.errors import UserError
 from megatron_sage.rewards.protocol import Reward
 from megatron_sage.rewards.serving import wire
 from megatron_sage.rewards.shapes import ShapesReward
@@ -34,6 +36,13 @@ class ObedientReward(ShapesReward):
         return scores | {"VQ": np.where(unknown, np.nan, scores["VQ"]), "TA": np.where(unknown, -np.inf, scores["TA"])}
 
 
+class AbsentReward(ShapesReward):
+    """Its model is not there."""
+
+    def __init__(self, checkpoint: str) -> None:
+        raise UserError(f"reward.settings.checkpoint={checkpoint}: no such directory; download it")
+
+
 def clips(count: int, seed: int = 0, shape: tuple[int, int, int] = (5, 16, 24)) -> list[np.ndarray]:
     """Random uint8 clips [F, H, W, 3]."""
     rng = np.random.default_rng(seed)
@@ -54,7 +63,7 @@ class StandIn:
         self.lock = threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     @contextmanager
     def counted(self, videos: int) -> Iterator[int]:
@@ -82,8 +91,6 @@ def stand_in(reward: Reward | None = None, fault: Callable[[int], Any] = lambda 
 
 
 def _handler(server: StandIn) -> type[BaseHTTPRequestHandler]:
-    import json
-
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 

@@ -307,3 +307,18 @@ def test_two_scorers_are_killed_under_the_load_of_eight_clients(tmp_path: Path, 
     thread.join()
     server.wait_until(lambda: len(server.scorers()) == 2, 60)
     assert server.stop() == 0 and killed
+
+
+@pytest.mark.nightly
+def test_a_reward_that_cannot_be_built_ends_the_command_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "reward: {function: tests.rewards.served:AbsentReward, settings: {checkpoint: nowhere}}\n"
+    )
+    command = [sys.executable, "-m", "megatron_sage", "serve-rewards", str(tmp_path / "c.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [*command, "--port", str(free_port())], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "reward.settings.checkpoint=nowhere: no such directory" in errors[0], done.stderr

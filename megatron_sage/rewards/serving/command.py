@@ -206,7 +206,8 @@ def _deploy(options: argparse.Namespace, config: Config, token: str | None) -> l
 
     gpus = options.gpus_per_replica
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    scorer = serve.deployment(
+    deployment: Any = serve.deployment  # Serve's own overloads do not cover the call with options
+    scorer = deployment(
         Scorer,
         name="Scorer",
         num_replicas=options.replicas,
