@@ -17,6 +17,7 @@ from megatron_sage.errors import UserError
 from megatron_sage.rewards.extras import needs
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+RAY_ATTEMPTS = 3  # to start: Ray gives up after 30 s, which a machine under load may need
 DRAIN_SECONDS = 20.0  # in which a replica may finish what it scores when the server stops
 
 
@@ -173,7 +174,16 @@ def _start_ray(address: str | None) -> None:
             raise UserError(f"--ray-address {address}: {line}; start it by `ray start --head`") from None
         return
     # Ray's own ports ask for no password: on one machine they stay on loopback, whatever --host says
-    ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
+    for attempt in range(RAY_ATTEMPTS):
+        try:
+            ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
+            return
+        except Exception as error:  # Ray has no class of its own for this
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if attempt == RAY_ATTEMPTS - 1:
+                raise UserError("Ray did not start within its 30 s: this machine is overloaded; try again") from error
 
 
 def _check_cluster(options: argparse.Namespace) -> None:
@@ -239,6 +249,6 @@ def _why(error: RuntimeError) -> str:
 
     found = serve.status().applications.get(APPLICATION)
     messages = [d.message for d in found.deployments.values() if d.message] if found else []
-    lines = [line.strip() for line in "\n".join([*messages, str(error)]).splitlines()]
-    named = [line for line in lines if "Error: " in line]
-    return f"a replica does not start: {(named or lines)[0]}"
+    lines = [line.strip() for line in "\n".join(messages or [str(error)]).splitlines() if line.strip()]
+    named = [line for line in lines if "Error: " in line and not line.endswith("(most recent call last):")]
+    return f"a replica does not start: {(named or lines)[-1].removeprefix('megatron_sage.errors.UserError: ')}"
