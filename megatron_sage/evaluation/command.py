@@ -17,7 +17,7 @@ from megatron_sage.evaluation import store
 from megatron_sage.evaluation.gallery import write_gallery
 from megatron_sage.evaluation.sources import Source, find_sources, load_source
 from megatron_sage.evaluation.tables import load_results, remarks, shown, write_tables
-from megatron_sage.evaluation.work import make_videos, missing
+from megatron_sage.evaluation.work import Studio, missing
 from megatron_sage.parallel import groups as process_groups
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.training.precision import calibrate
@@ -112,14 +112,12 @@ def _evaluate(
         return
     engine = build_engine(config, groups)
     prompts = encode_prompts(config, engine, texts)
-    codec, reward = load_codec(config), build_reward(config)
+    studio = Studio(engine, load_codec(config), build_reward(config), out, scale, reporter)
     for source, keys in zip(sources, todo[0], strict=True):
         if keys:
             load_source(engine, source)
             calibrate(engine, [prompts[text] for text in texts])
-            make_videos(
-                source.name, keys, engine, [prompts[t] for t in texts], codec, reward, out, scale, reporter
-            )
+            studio.make(source.name, keys, [prompts[text] for text in texts])
 
 
 def _conclude(out: Path, sources: Sequence[Source], reporter: Reporter) -> None:

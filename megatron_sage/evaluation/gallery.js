@@ -12,9 +12,10 @@
   const number = (value, signed) => {
     if (value === null) return "–";
     const text = Math.abs(value) >= 100 ? value.toFixed(1) : value.toFixed(3);
-    return (signed && value > 0 ? "+" : "") + text.replace("-", "−");
+    return (signed && value > 0 ? "+" : "") + (Number(text) === 0 ? text.replace("-", "") : text.replace("-", "−"));
   };
-  const kind = (value) => (value > 0 ? "up-text" : value < 0 ? "down-text" : "");
+  // What is shown as zero has no colour.
+  const kind = (value) => (value >= 0.0005 ? "up-text" : value <= -0.0005 ? "down-text" : "");
   const single = data.checkpoints.length === 1;
 
   for (const name of data.columns) find("column").append(new Option(name));

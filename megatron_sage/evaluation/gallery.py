@@ -24,7 +24,8 @@ CSS = """
 .row .videos { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); }
 .row video { cursor: pointer; image-rendering: auto; }
 .row figcaption { display: flex; flex-wrap: wrap; gap: 0 10px; } .row figcaption b { flex-basis: 100%; }
-.tables { display: grid; gap: 16px; margin-top: 22px; } .tables h3 { margin: 14px 0 4px; }
+.tables { margin-top: 22px; min-width: 0; } .tables h3 { margin: 18px 0 2px; } .tables .note { margin: 14px 0 0; }
+.tables table { table-layout: fixed; } .tables th:first-child { width: 15em; }
 """
 
 
@@ -102,9 +103,7 @@ def _tables(results: Results) -> str:
             for name, cells in results.differences().items()
         ]
         parts.append(f"<h3>Difference to {escape(results.checkpoints[0].name)}</h3>{_table(head, rows)}")
-        wins = [
-            [f"{a} over {b}", *map(tables.shown_rate, cells.values())] for (a, b), cells in results.wins().items()
-        ]
+        wins = [[f"{a} over {b}", *map(tables.shown_rate, cells.values())] for (a, b), cells in results.wins().items()]
         parts.append(f"<h3>Win rates</h3>{_table(head, wins)}")
     return "".join(parts)
 
@@ -112,4 +111,6 @@ def _tables(results: Results) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    width = 15 + 10 * (len(head) - 1)  # em: the columns of the three tables stand below each other
+    table = f'<table style="min-width:{width}em"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'

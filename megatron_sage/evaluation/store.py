@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 SETTINGS, VERSION = "settings.json", 1
 # What cannot change a video or a score; everything else, and whatever is added to the configuration later, can.
-_NO_MATTER = ("name", "output_dir", "parallel", "grpo", "kl", "optimizer", "data", "training", "lora", "model.weights")
-_NO_MATTER += ("evaluation.prompts", "evaluation.videos", "precision.threads", "precision.recompute")
-_NO_MATTER += tuple(
-    f"sampler.{name}" for name in ("sde_type", "num_steps", "eta", "latent_dtype", "offload_trajectories", "sde_window")
+_NO_MATTER: tuple[str, ...] = (
+    *("name", "output_dir", "parallel", "grpo", "kl", "optimizer", "data", "training", "lora", "model.weights"),
+    *("evaluation.prompts", "evaluation.videos", "precision.threads", "precision.recompute"),
+    *("sampler.sde_type", "sampler.num_steps", "sampler.eta", "sampler.sde_window"),
+    *("sampler.latent_dtype", "sampler.offload_trajectories"),
 )
 
 
@@ -77,7 +78,7 @@ def check_directory(out: Path, settings: dict[str, Any], prompts: Sequence[str],
         if before["prompts"] != list(prompts):
             pairs = zip(before["prompts"], prompts, strict=False)
             place = next((k for k, (old, new) in enumerate(pairs) if old != new), None)
-            what = f"number {place} is another" if place is not None else f"{len(before['prompts'])}, now {len(prompts)}"
+            what = f"number {place} is another" if place is not None else f"{len(before['prompts'])} of them"
             raise UserError(f"--out {out}: holds an evaluation of other prompts ({what}): choose another --out")
     elif out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out}: is not empty and holds no evaluation ({SETTINGS}); choose another")

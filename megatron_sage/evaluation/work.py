@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from megatron_sage.conditioning.codec import NonFiniteVideoError, VideoCodec
@@ -44,72 +44,66 @@ def micro_batches(todo: Sequence[Key], samples: int, micro_batch: int) -> list[t
     return found
 
 
-def make_videos(
-    label: str,
-    todo: Sequence[Key],
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    codec: VideoCodec,
-    reward: Reward,
-    out: Path,
-    scale: int,
-    reporter: Reporter,
-) -> None:
-    """Sample by the ODE, decode, score and write what is in `todo`, the same list on all ranks. All ranks call.
+class Studio:
+    """Everything that turns a prompt into a scored file; the weights are those that the engine holds."""
 
-    Noise is a function of (seed, prompt number, sample): the same for every checkpoint, at every layout, and never
-    that of training. Micro-batches are spread over the replicas, decoding and scoring over a replica's ranks. Each
-    video is scored alone, for the same reason as in `micro_batches`.
-    """
-    config, groups = engine.config, engine.groups
-    settings, sampler = config.evaluation, config.sampler
-    table, _ = step_table("ode", settings.num_steps, sampler.shift, sampler.eta)
-    batches = micro_batches(todo, settings.samples_per_prompt, sampler.micro_batch)[groups.dp_rank :: groups.dp_size]
-    flights = [Flight(prompt, some, prompts[prompt]) for prompt, some in batches]
-    wanted, replica, at_once = set(todo), groups.replica, AT_ONCE * groups.pp_size
-    engine.eval()
-    log, turn = RowLog(out, label, groups.rank), 0
-    with reporter.bar(label, len(flights) * settings.num_steps) as tick:
-        for start in range(0, len(flights), at_once):
-            some = flights[start : start + at_once]
-            network = engine.network()
-            found = sample_latents(network, table, some, seed=config.seed, stream=noise.EVALUATION, on_step=tick)
-            for flight, x_SBC in zip(some, found, strict=True):
-                latents = whole_latents(x_SBC, engine.shape, engine.token_group)  # a collective: on every rank
-                for sample, latent in zip(flight.samples, latents, strict=True):
-                    key = (flight.group, sample)
-                    if key not in wanted:
-                        continue
-                    if turn % replica.size() == replica.rank():
-                        _finish(label, key, latent, flight.prompt.text, codec, reward, config.video.fps, out, scale, log)
-                    turn += 1
-    log.close()
-    dist.barrier(group=dist.group.WORLD)  # every row is on the disk
+    def __init__(
+        self, engine: Engine, codec: VideoCodec, reward: Reward, out: Path, scale: int, reporter: Reporter
+    ) -> None:
+        """`scale`: pixels of a written clip for each of the model's."""
+        self.engine, self.codec, self.reward = engine, codec, reward
+        self.out, self.scale, self.reporter = out, scale, reporter
 
+    def make(self, label: str, todo: Sequence[Key], prompts: Sequence[Prompt]) -> None:
+        """Sample by the ODE, decode, score and write what is in `todo`, the same list on all ranks. All ranks call.
 
-def _finish(
-    label: str,
-    key: Key,
-    latent: Any,
-    text: str,
-    codec: VideoCodec,
-    reward: Reward,
-    fps: float,
-    out: Path,
-    scale: int,
-    log: RowLog,
-) -> None:
-    """Decode, score, write and note one video [C, T, h, w]; one that is not finite has no file and no scores."""
-    try:
-        video = codec.decode(latent)
-    except NonFiniteVideoError:
-        log.append(key, dict.fromkeys(reward.dimensions, float("nan")), None, out)
-        return
-    found = reward([video], [text], fps)
-    scores = {}
-    for name in reward.dimensions:
-        value = np.asarray(found.get(name, ()), np.float64)
-        if value.shape != (1,):
-            raise UserError(f"reward: {name} of one video has the shape {list(value.shape)}, expected [1]")
-        scores[name] = float(value[0])
-    log.append(key, scores, write_mp4(out / video_name(label, key), video, fps, scale=scale), out)
+        Noise is a function of (seed, prompt number, sample): the same for every checkpoint, at every layout, and never
+        that of training. Micro-batches are spread over the replicas, decoding and scoring over a replica's ranks.
+        """
+        engine = self.engine
+        config, groups, replica = engine.config, engine.groups, engine.groups.replica
+        settings, sampler, wanted = config.evaluation, config.sampler, set(todo)
+        table, _ = step_table("ode", settings.num_steps, sampler.shift, sampler.eta)
+        batches = micro_batches(todo, settings.samples_per_prompt, sampler.micro_batch)
+        mine = batches[groups.dp_rank :: groups.dp_size]
+        flights = [Flight(prompt, some, prompts[prompt]) for prompt, some in mine]
+        at_once = max(AT_ONCE * groups.pp_size, replica.size() // sampler.micro_batch)
+        engine.eval()
+        log = RowLog(self.out, label, groups.rank)
+        with self.reporter.bar(label, len(flights) * settings.num_steps) as tick:
+            for start in range(0, len(flights), at_once):
+                some = flights[start : start + at_once]
+                network = engine.network()
+                found = sample_latents(network, table, some, seed=config.seed, stream=noise.EVALUATION, on_step=tick)
+                # All are put together first, a collective: then no rank waits while another decodes.
+                whole = [whole_latents(x_SBC, engine.shape, engine.token_group) for x_SBC in found]
+                videos = [
+                    ((flight.group, sample), flight.prompt.text, latent)
+                    for flight, latents in zip(some, whole, strict=True)
+                    for sample, latent in zip(flight.samples, latents, strict=True)
+                    if (flight.group, sample) in wanted
+                ]
+                for key, text, latent in videos[replica.rank() :: replica.size()]:
+                    self._finish(label, key, text, latent, log)
+        log.close()
+        dist.barrier(group=dist.group.WORLD)  # every row is on the disk
+
+    def _finish(self, label: str, key: Key, text: str, latent: torch.Tensor, log: RowLog) -> None:
+        """Decode, score, write and note one video [C, T, h, w]; one that is not finite has no file and no scores.
+
+        It is scored alone: a resumed evaluation must have the same bits, and a reward's may depend on the batch.
+        """
+        fps, names = self.engine.config.video.fps, self.reward.dimensions
+        try:
+            video = self.codec.decode(latent)
+        except NonFiniteVideoError:
+            log.append(key, dict.fromkeys(names, float("nan")), None, self.out)
+            return
+        found = self.reward([video], [text], fps)
+        scores = {}
+        for name in names:
+            value = np.asarray(found.get(name, ()), np.float64)
+            if value.shape != (1,):
+                raise UserError(f"reward: {name} of one video has the shape {list(value.shape)}, expected [1]")
+            scores[name] = float(value[0])
+        log.append(key, scores, write_mp4(self.out / video_name(label, key), video, fps, scale=self.scale), self.out)
