@@ -30,7 +30,8 @@ QUESTIONS = {  # the three of the paper's user study
 ANSWERS = ("A", "same", "B")
 MAX_RATERS = 999
 CSS = """
-main.rate { max-width: 1180px; padding-top: 16px; } main.rate h1 { font-size: 1.3rem; } .steps { display: flex; gap: 12px; align-items: center; margin: 14px 0; }
+main.rate { max-width: 1180px; padding-top: 16px; } main.rate h1 { font-size: 1.3rem; }
+.steps { display: flex; gap: 12px; align-items: center; margin: 14px 0; }
 .track { flex: 1; height: 6px; border-radius: 3px; background: var(--rule); overflow: hidden; }
 .track i { display: block; height: 100%; background: var(--accent); width: 0; }
 .two { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; }

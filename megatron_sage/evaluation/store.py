@@ -76,9 +76,9 @@ def check_directory(out: Path, settings: dict[str, Any], prompts: Sequence[str],
                     "another --out, or keep it"
                 )
         if before["prompts"] != list(prompts):
-            pairs = zip(before["prompts"], prompts, strict=False)
-            place = next((k for k, (old, new) in enumerate(pairs) if old != new), None)
-            what = f"number {place} is another" if place is not None else f"{len(before['prompts'])} of them"
+            old, new = before["prompts"], list(prompts)
+            place = next((k for k, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), None)
+            what = f"number {place} is another" if place is not None else f"{len(old)} of them, now {len(new)}"
             raise UserError(f"--out {out}: holds an evaluation of other prompts ({what}): choose another --out")
     elif out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out}: is not empty and holds no evaluation ({SETTINGS}); choose another")

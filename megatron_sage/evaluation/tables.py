@@ -211,7 +211,7 @@ def remarks(results: Results) -> list[str]:
         found.append(f"reward = {terms}.")
     for c in results.checkpoints:
         if c.nonfinite:
-            found.append(f"{c.name}: {c.nonfinite} videos with a score that is not finite; they are left out.")
+            found.append(f"{c.name}: left out for a score that is not finite: {c.nonfinite} of its videos.")
     if results.unfinished:
         found.append(f"Not finished, and left out: {', '.join(results.unfinished)}.")
     return found
