@@ -56,7 +56,7 @@
   function build(row) {
     const card = make("article", "card row"), top = make("div", "top"), prompt = make("p", "prompt");
     const label = data.samples > 1 ? `${row.number}.${row.sample}` : `${row.number}`;
-    prompt.append(make("span", "number", label), document.createTextNode(row.prompt));
+    prompt.append(make("span", "number", `${label} `), document.createTextNode(row.prompt));
     const badge = make("p", "change");
     top.append(prompt, badge);
     const strip = make("div", "videos");
