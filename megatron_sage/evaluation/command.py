@@ -10,8 +10,16 @@ import torch.distributed as dist
 
 from megatron_sage import parallel  # noqa: F401  (CPU backend before Megatron)
 from megatron_sage.config import Config, load_config, validate
-from megatron_sage.data.prompts import read_prompts
-from megatron_sage.engine import build_engine, encode_prompts, initialize_groups, load_codec
+from megatron_sage.config.reward_rules import check_reward
+from megatron_sage.data.prompts import PromptRow, read_dataset
+from megatron_sage.engine import (
+    build_engine,
+    check_task,
+    encode_prompts,
+    initialize_groups,
+    load_codec,
+    prepare_embeddings,
+)
 from megatron_sage.errors import UserError
 from megatron_sage.evaluation import store
 from megatron_sage.evaluation.gallery import write_gallery
@@ -19,9 +27,10 @@ from megatron_sage.evaluation.sources import Source, find_sources, load_source
 from megatron_sage.evaluation.tables import load_results, remarks, shown, write_tables
 from megatron_sage.evaluation.work import Studio, missing
 from megatron_sage.parallel import groups as process_groups
+from megatron_sage.parallel.device import device
 from megatron_sage.reporting.progress import Reporter
+from megatron_sage.rewards.build import accounts, build_reward
 from megatron_sage.training.precision import calibrate
-from megatron_sage.training.run import build_reward
 
 SCALE = 6  # pixels of a written clip for each of a tiny one
 
@@ -53,22 +62,27 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     _apply(config, arguments)
-    validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    validate(config, int(os.environ.get("WORLD_SIZE", "1")), training=False)
+    check_reward(config)
     assert config.evaluation.prompts is not None
-    texts = read_prompts(config.evaluation.prompts)[: arguments.limit]
+    data = read_dataset(config.data, config.evaluation.prompts, decode=config.data.skip_unreadable)
+    rows = data.rows[: arguments.limit]
+    check_task(config, rows)
     sources = find_sources(config, arguments.checkpoint, not arguments.no_base)
-    out, settings = Path(arguments.out), store.settings_of(config)
-    store.check_directory(out, settings, texts, sources)
+    out, settings = Path(arguments.out), store.settings_of(config, rows)
+    store.check_directory(out, settings, rows, sources)
     scale = arguments.scale or (SCALE if config.video.height < 128 else 1)
     if config.precision.threads:
         torch.set_num_threads(config.precision.threads)
     groups = initialize_groups(config)
     try:
         reporter = Reporter(groups.rank == 0)
+        for note in data.notes:
+            reporter.line(note)
         if groups.rank == 0:
-            store.write_settings(out, settings, texts, sources)
+            store.write_settings(out, settings, rows, sources)
         dist.barrier(group=dist.group.WORLD)
-        _evaluate(config, groups, sources, texts, out, scale, reporter)
+        _evaluate(config, groups, sources, rows, out, scale, reporter)
         if groups.rank == 0:
             _conclude(out, sources, reporter)
         dist.barrier(group=dist.group.WORLD)
@@ -94,30 +108,33 @@ def _evaluate(
     config: Config,
     groups: process_groups.Groups,
     sources: Sequence[Source],
-    texts: list[str],
+    rows: Sequence[PromptRow],
     out: Path,
     scale: int,
     reporter: Reporter,
 ) -> None:
     """Every checkpoint's missing videos; nothing is built where nothing is missing. All ranks call."""
     samples = config.evaluation.samples_per_prompt
-    todo = [[missing(out, s.name, len(texts), samples) for s in sources] if groups.rank == 0 else None]
+    todo = [[missing(out, s.name, len(rows), samples) for s in sources] if groups.rank == 0 else None]
     dist.broadcast_object_list(todo, src=0, group=dist.group.WORLD)  # one rank's view: the disk may be a network's
     assert todo[0] is not None
-    total = len(texts) * samples
+    total = len(rows) * samples
     for source, keys in zip(sources, todo[0], strict=True):
         before = f", {total - len(keys)} of them finished before" if len(keys) < total else ""
         reporter.line(f"{source.name}: {total} videos{before} ({source.path})")
     if not any(todo[0]):
         return
+    prepare_embeddings(config, groups, rows)
     engine = build_engine(config, groups)
-    prompts = encode_prompts(config, engine, texts)
-    studio = Studio(engine, load_codec(config), build_reward(config), out, scale, reporter)
+    prompts, reward = encode_prompts(config, engine, rows), build_reward(config.reward, device())
+    for line in accounts(reward):
+        reporter.line(line)
+    studio = Studio(engine, load_codec(config), reward, out, scale, reporter)
     for source, keys in zip(sources, todo[0], strict=True):
         if keys:
             load_source(engine, source)
-            calibrate(engine, [prompts[text] for text in texts])
-            studio.make(source.name, keys, [prompts[text] for text in texts])
+            calibrate(engine, prompts)
+            studio.make(source.name, keys, prompts)
 
 
 def _conclude(out: Path, sources: Sequence[Source], reporter: Reporter) -> None:

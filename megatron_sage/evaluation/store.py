@@ -24,6 +24,7 @@ from megatron_sage.evaluation.measures import Key
 
 if TYPE_CHECKING:
     from megatron_sage.config import Config
+    from megatron_sage.data.prompts import PromptRow
     from megatron_sage.evaluation.sources import Source
 
 SETTINGS, VERSION = "settings.json", 1
@@ -36,23 +37,30 @@ _NO_MATTER: tuple[str, ...] = (
 )
 
 
-def settings_of(config: "Config") -> dict[str, Any]:
+def settings_of(config: "Config", rows: Sequence["PromptRow"]) -> dict[str, Any]:
     """Dotted key -> value of all that decides the results, but for weights and prompts.
 
     The model's directory is told by its content: the transformer's configuration, and names and sizes of the VAE's
-    and the text encoders' files.
+    and the encoders' files; first frames by theirs.
     """
-    from megatron_sage.engine import read_transformer_config  # imports torch: `rate` does without
+    from megatron_sage.checkpoint.torch_dist import file_checksum  # imports torch: `rate` does without
+    from megatron_sage.engine import read_transformer_config
 
     flat = _flat(dataclasses.asdict(config), "")
     kept = {k: v for k, v in flat.items() if not any(k == no or k.startswith(f"{no}.") for no in _NO_MATTER)}
     root = Path(config.model.pretrained)
     described: list[Any] = [read_transformer_config(config.model.pretrained)]
-    for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+    for part in ("vae", *(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2")), "image_encoder"):
         files = sorted(file for file in (root / part).glob("*") if file.is_file())
         described += [(part, file.name, file.stat().st_size) for file in files]
-    kept["model.pretrained"] = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    kept["model.pretrained"] = _digest(described)
+    images = [None if row.image is None else (row.image.name, file_checksum(row.image)) for row in rows]
+    kept["first frames"] = _digest(images) if any(images) else None
     return kept
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -62,7 +70,9 @@ def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
     return found
 
 
-def check_directory(out: Path, settings: dict[str, Any], prompts: Sequence[str], sources: Sequence["Source"]) -> None:
+def check_directory(
+    out: Path, settings: dict[str, Any], rows: Sequence["PromptRow"], sources: Sequence["Source"]
+) -> None:
     """Refuse, in one line, results of other settings, prompts or weights under the same names. Writes nothing."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a directory")
@@ -75,12 +85,12 @@ def check_directory(out: Path, settings: dict[str, Any], prompts: Sequence[str],
                     f"--out {out}: holds an evaluation with {key}={theirs.get(key)}, now {ours.get(key)}: choose "
                     "another --out, or keep it"
                 )
-        if before["prompts"] != list(prompts):
-            old, new = before["prompts"], list(prompts)
+        old, new = before["prompts"], [row.text for row in rows]
+        if old != new:
             place = next((k for k, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), None)
             what = f"number {place} is another" if place is not None else f"{len(old)} of them, now {len(new)}"
             raise UserError(f"--out {out}: holds an evaluation of other prompts ({what}): choose another --out")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise UserError(f"--out {out}: is not empty and holds no evaluation ({SETTINGS}); choose another")
     for source in sources:
         file = _source_file(out, source.name)
@@ -91,9 +101,11 @@ def check_directory(out: Path, settings: dict[str, Any], prompts: Sequence[str],
             )
 
 
-def write_settings(out: Path, settings: dict[str, Any], prompts: Sequence[str], sources: Sequence["Source"]) -> None:
+def write_settings(
+    out: Path, settings: dict[str, Any], rows: Sequence["PromptRow"], sources: Sequence["Source"]
+) -> None:
     """What `check_directory` compares, for the next time; on rank 0."""
-    write_json(out / SETTINGS, {"version": VERSION, "settings": settings, "prompts": list(prompts)})
+    write_json(out / SETTINGS, {"version": VERSION, "settings": settings, "prompts": [row.text for row in rows]})
     for source in sources:
         said = {"name": source.name, "path": str(source.path), "kind": source.kind, "fingerprint": source.fingerprint}
         write_json(_source_file(out, source.name), said)

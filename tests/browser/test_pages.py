@@ -16,9 +16,9 @@ from tests.evaluation import fake
 from tests.reporting.fake_run import write_run
 
 ENTER, DOWN, LEFT, RIGHT, TAB = "\ue007", "\ue015", "\ue012", "\ue014", "\ue004"
-READY = (
-    "const v=[...document.querySelectorAll('video')]; return v.length && v.every(x => x.readyState >= 2) && v.length"
-)
+READY = "const v = [...document.querySelectorAll('video')]; return v.every(x => x.readyState >= 2) && v.length"
+TIMES = """return [...document.querySelectorAll('article')].map(
+  a => [...a.querySelectorAll('video')].map(v => v.currentTime))"""
 
 
 @pytest.fixture(scope="module")

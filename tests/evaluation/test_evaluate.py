@@ -175,7 +175,7 @@ def test_one_process_goes_on_where_two_were(
         (["--out", "{root}/hf"], {}, "is not empty and holds no evaluation"),
         (["--limit", "0"], {}, "--limit 0: must be at least 1"),
         (["--steps", "0"], {}, "evaluation.num_steps=0"),
-        (["--prompts", "{root}/none.txt"], {}, "no such file"),
+        (["--prompts", "{root}/none.txt"], {}, "No such file"),
         (["--no-base"], {}, "nothing is left to evaluate"),
     ],
 )
