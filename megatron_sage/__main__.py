@@ -21,6 +21,11 @@ from megatron_sage.errors import USER_ERROR, OutOfMemory, UserError
 COMMANDS = {
     "train": ("", "improve a model by SAGE-GRPO: train [--recipe NAME] [CONFIG] key=value ..."),
     "sample": ("megatron_sage.generate", "make videos from prompts"),
+    "evaluate": ("megatron_sage.evaluation.command", "compare checkpoints: videos, scores, tables, a gallery"),
+    "rate": (
+        "megatron_sage.evaluation.rate_command",
+        "blind ratings by people: rate make, rate table",
+    ),
     "convert": ("megatron_sage.checkpoint.convert", "convert checkpoints between Hugging Face, official and Megatron"),
     "export": ("megatron_sage.checkpoint.pipeline", "write a trained model as a pipeline that diffusers runs"),
     "encode": ("megatron_sage.conditioning.command", "encode prompts and images into the cache that training reads"),
