@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_sage.__main__ import main
+from megatron_sage.conditioning import qwen, siglip
 from megatron_sage.conditioning.cache import CacheError, EmbeddingCache
 from megatron_sage.conditioning.embedding import ImageEmbedding, PromptEmbedding
 from megatron_sage.conditioning.encoders import open_image_encoder, open_text_encoder
@@ -223,24 +225,34 @@ def test_ranks_fill_one_cache(root: Path, rows: list[PromptRow], full: Path, tmp
         assert equal(text, text_full) and equal(image, image_full)
 
 
-def test_encoders_are_released(root: Path, tmp_path: Path, monkeypatch) -> None:
-    import gc
-    import weakref
+def test_text_encoders_are_gone_before_the_image_encoder_is_loaded(root, rows, cache, monkeypatch) -> None:
+    """Each is as large as the policy; the last is gone when training begins."""
+    alive: dict[str, weakref.ref] = {}
+    before: list[list[str]] = []
 
-    from megatron_sage.conditioning import qwen
+    def watched(module):
+        load = module.load_model
 
-    alive: list[weakref.ref] = []
+        def loaded(cls, folder, *arguments):
+            before.append([name for name, ref in alive.items() if ref() is not None])
+            model = load(cls, folder, *arguments)
+            alive[folder.name] = weakref.ref(model)
+            return model
 
-    def watched(*arguments):
-        model = load(*arguments)
-        alive.append(weakref.ref(model))
-        return model
+        monkeypatch.setattr(module, "load_model", loaded)
 
-    load = qwen.load_model
-    monkeypatch.setattr(qwen, "load_model", watched)
-    fill_cache(run(root, tmp_path / "cache"), [PromptRow("a cat")])
-    gc.collect()
-    assert len(alive) == 2 and all(ref() is None for ref in alive)
+    watched(qwen)
+    watched(siglip)
+    for path in cache.glob("*.safetensors"):
+        path.unlink()
+    conditions = open_conditions(run(root, cache), rows)
+    monkeypatch.setattr(
+        "megatron_sage.conditioning.prepare.open_conditions", lambda *_: conditions
+    )  # outlives the call
+    fill_cache(run(root, cache), rows)
+    assert before == [[], ["text_encoder"], []]
+    assert list(alive) == ["text_encoder", "text_encoder_2", "image_encoder"]
+    assert all(ref() is None for ref in alive.values())
 
 
 def test_an_embedding_that_overflows_is_refused(tmp_path: Path, monkeypatch) -> None:
