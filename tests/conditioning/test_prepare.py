@@ -132,12 +132,14 @@ def test_a_full_cache_needs_no_weights(root: Path, rows: list[PromptRow], cache:
     # and says so when it does need them
     with pytest.raises(UserError, match="text_encoder: cannot be loaded"):
         fill_cache(config, [PromptRow("something new")])
-    (cache / "encoders.json").unlink()
-    with pytest.raises(
-        UserError,
-        match=r"weights of text_encoder or text_encoder_2 are missing .safetensors., and .*encoders.json does",
-    ):
-        open_conditions(config, rows)
+    for damage in ("cut off", "gone"):
+        for path in cache.glob("encoder_*.json"):
+            path.write_text("{") if damage == "cut off" else path.unlink()
+        with pytest.raises(
+            UserError,
+            match="not what .megatron-sage encode. writes" if damage == "cut off" else f"and {cache} does not know",
+        ):
+            open_conditions(config, rows)
 
 
 def damages(path: Path, entries: list[Path]) -> dict[str, object]:
