@@ -32,21 +32,20 @@ CORE = [
     "urllib3>=2.5,<3",  # the client of a reward server
 ]
 
-SERVING = ["ray[serve]>=2.60,<3", "fastapi>=0.141,<1"]  # `serve-rewards`; its client needs urllib3 alone
-
 EXTRAS = {
     # The range that megatron-core 0.16 names.
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
     "deepspeed": ["deepspeed>=0.19,<0.20"],
     "dali": ["nvidia-dali-cuda130>=1.52,<3"],
     "parquet": ["pyarrow>=21,<27"],
-    "rewards": SERVING,
+    "rewards": ["ray[serve]>=2.60,<3", "fastapi>=0.141,<1"],  # `serve-rewards`; its client needs urllib3 alone
     "dev": [
-        *SERVING,
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",
         "hypothesis>=6.150,<7",
         "peft>=0.21,<0.22",  # the judge of the adapters
+        "ray[serve]>=2.60,<3",
+        "fastapi>=0.141,<1",
         "pyarrow>=21,<27",
         "nvidia-dali-cuda130>=1.52,<3",  # its CPU pipelines are compared with Pillow
         "selenium>=4.40,<5",  # reports in Debian's Chromium

@@ -125,6 +125,21 @@ def test_scores_are_those_of_the_local_reward_bit_for_bit(server: Server, remote
         assert np.array_equal(values, ShapesReward()(many, [PROMPT] * 30, 8.0)[name])
 
 
+def test_every_port_is_on_loopback_or_asks_for_rays_token(server: Server) -> None:
+    import grpc
+
+    processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    listening = [(p, c.laddr) for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
+    wide = [(p, at) for p, at in listening if at.ip.removeprefix("::ffff:") != "127.0.0.1"]
+    assert len(listening) > 5 and len(wide) == 2, "one of each replica's, by which Serve's processes talk"
+    for process, at in wide:
+        assert "ServeReplica" in " ".join(process.cmdline())
+        call = grpc.insecure_channel(f"127.0.0.1:{at.port}").unary_unary("/ray.serve.ASGIService/HandleRequest")
+        with pytest.raises(grpc.RpcError) as refused:
+            call(b"", timeout=10)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
 def test_eight_clients_at_once(server: Server, remote: RemoteReward) -> None:
     def client(number: int) -> bool:
         mine = RemoteReward(remote.settings)

@@ -163,8 +163,12 @@ def test_what_the_server_refuses_ends_the_run_in_one_line(root: Path) -> None:
     assert "422 as the test said" in found["said"] and not found["rows"] and len(server.requests) == 1
 
 
-def test_a_stop_does_not_wait_for_an_answer_and_the_resumed_run_is_the_local_one(root: Path, tmp_path: Path) -> None:
-    (expected,) = trained(root, "whole", 1)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.nightly)])
+def test_a_stop_does_not_wait_for_an_answer_and_the_resumed_run_is_the_local_one(
+    root: Path, tmp_path: Path, ranks: int
+) -> None:
+    layout = {"parallel.pipeline": ranks}
+    expected = trained(root, f"whole{ranks}", ranks, **layout)[0]
     over, asked = threading.Event(), tmp_path / "asked"
 
     def hold(number: int) -> None:
@@ -173,19 +177,18 @@ def test_a_stop_does_not_wait_for_an_answer_and_the_resumed_run_is_the_local_one
             over.wait(60)
 
     with stand_in(fault=hold) as server:
-        changes = {"reward.url": server.url, "reward.overlap_groups": 2, "training.resume": "auto"}
-        arguments = settings(root, "stopped", **changes)
-        (found,) = run_on_ranks(
-            1,
+        changes = layout | {"reward.url": server.url, "reward.overlap_groups": 2, "training.resume": "auto"}
+        found = run_on_ranks(
+            ranks,
             "tests.training.remote_runs:stop_while_waiting",
-            arguments=arguments,
-            processes=1,
-            rank=0,
+            arguments=settings(root, f"stopped{ranks}", **changes),
+            processes=ranks,
+            rank=ranks - 1,
             asked=str(asked),
         )
         over.set()
-        assert found["status"] == 75 and found["seconds"] < 20
-        (resumed,) = trained(root, "stopped", 1, **changes)
+        assert [one["status"] for one in found] == [75] * ranks and found[-1]["seconds"] < 30
+        resumed = trained(root, f"stopped{ranks}", ranks, **changes)[0]
     assert_same(resumed, expected)
 
 

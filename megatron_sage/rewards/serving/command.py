@@ -33,6 +33,11 @@ def main(argv: list[str]) -> int:
             f"--host {options.host}: others can reach it, so a token is required: --token-file FILE, or the "
             f"environment variable {variable} (reward.token_env)"
         )
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if options.ray_address is None:
+        # Before ray is imported. Serve opens a port for each replica on all interfaces, and what comes in there is
+        # unpickled: Ray's own token guards it.
+        os.environ["RAY_AUTH_MODE"] = "token"
     with needs("ray.serve", "rewards"):
         import fastapi  # noqa: F401
         import ray  # noqa: F401
@@ -132,7 +137,6 @@ def read_token(file: str | None, variable: str) -> str | None:
 
 def _serve(options: argparse.Namespace, config: Config, token: str | None) -> int:
     """Start Ray, deploy, wait for a signal, take everything down."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
     from ray import serve
 
@@ -171,9 +175,15 @@ def _start_ray(address: str | None) -> None:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             line = str(error).strip().splitlines()[0]
-            raise UserError(f"--ray-address {address}: {line}; start it by `ray start --head`") from None
+            raise UserError(
+                f"--ray-address {address}: {line}; start it by `ray start --head`, with the same RAY_AUTH_MODE here"
+            ) from None
         return
-    # Ray's own ports ask for no password: on one machine they stay on loopback, whatever --host says
+    from ray._private import ray_constants
+
+    # On one machine Ray's own ports stay on loopback, whatever --host says. The address alone does not do it: Ray 2.60
+    # takes 127.0.0.1 for the machine's address in the network, except where it forms no clusters (as on macOS).
+    ray_constants.ENABLE_RAY_CLUSTER = False
     for attempt in range(RAY_ATTEMPTS):
         try:
             ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
