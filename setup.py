@@ -45,7 +45,6 @@ EXTRAS = {
         *SERVING,
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",
-        "selenium>=4.51,<5",  # the pages in a headless Chromium
         "hypothesis>=6.150,<7",
         "peft>=0.21,<0.22",  # the judge of the adapters
         "pyarrow>=21,<27",
