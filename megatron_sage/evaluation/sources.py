@@ -97,8 +97,8 @@ def _kind(path: Path, name: str) -> Kind:
         return "diffusers"
     if any(path.glob("pytorch_lora_weights*")):
         raise UserError(
-            f"{name}={path}: an export of adapters is not read here; name the run's checkpoint "
-            "(RUN/checkpoints/iteration_NNNNNN), or export with lora.export=merged"
+            f"{name}={path}: an adapter file is not read here; name the run's checkpoint "
+            "(RUN/checkpoints/iteration_NNNNNN), or merge it into its base: megatron-sage export"
         )
     raise UserError(
         f"{name}={path}: neither a Megatron checkpoint (metadata.json) nor a diffusers transformer (config.json)"

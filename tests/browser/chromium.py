@@ -1,5 +1,6 @@
 """A headless Chromium for the pages' tests. It needs Debian's chromium and chromedriver, and no network."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -23,9 +24,12 @@ def require() -> tuple[str, str]:
     """Paths of browser and driver; where one is missing the test is skipped, or fails if CI asks for it."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     driver = shutil.which("chromedriver")
-    if browser and driver:
+    selenium = importlib.util.find_spec("selenium")
+    if browser and driver and selenium:
         return browser, driver
-    message = f"no {'chromium' if not browser else 'chromedriver'} for the browser tests: {CURE}"
+    missing = [name for name, found in (("chromium", browser), ("chromedriver", driver)) if not found]
+    cures = [CURE] * bool(missing) + ["pip install selenium"] * (selenium is None)
+    message = f"browser tests: no {', '.join([*missing, *['selenium'] * (selenium is None)])}: {'; '.join(cures)}"
     if os.environ.get("CI") or os.environ.get("MEGATRON_SAGE_REQUIRE_BROWSER") == "1":
         pytest.fail(message, pytrace=False)
     pytest.skip(message)

@@ -12,7 +12,7 @@ PROMPTS, SAMPLES, STEPS = 3, 3, 3
 
 def arguments(root: Path, out: Path, checkpoints: dict[str, Path], *more: str, **changes: Any) -> list[str]:
     """The command line of `evaluate`; the second micro-batch of a prompt is smaller than the first."""
-    settings = {"reward.function": "tests.training.world:SteadyReward"} | changes
+    settings = {"reward.function": "tests.training.world:BrightnessReward"} | changes
     overrides = world.overrides(world.settings(root, "evaluated", **settings))
     (root / "empty.yaml").write_text("{}\n")
     named = [text for name, path in checkpoints.items() for text in ("--checkpoint", f"{name}={path}")]

@@ -20,6 +20,7 @@ from tests.parallel.pool import run_on_ranks
 from tests.resilience.test_kills import Runs
 from tests.training import world
 
+CLOSE = 1e-4  # a few of a video's 39168 numbers may round to another of 256 levels
 VIDEOS = jobs.PROMPTS * jobs.SAMPLES
 LORA = {"lora.rank": 2, "lora.targets": '["to_q","to_out.0"]', "lora.export": "merged", "optimizer.lr": 3e-3}
 
@@ -35,7 +36,7 @@ def train(root: Path, name: str, **changes: Any) -> Path:
     """A run of one iteration with an evaluation of its own, by `training.evaluation`."""
     own = {
         "training.iterations": 1,
-        "reward.function": "tests.training.world:SteadyReward",
+        "reward.function": "tests.training.world:BrightnessReward",
         "optimizer.lr": 3e-3,
         "evaluation.prompts": str(root / "prompts.txt"),
         "evaluation.samples_per_prompt": jobs.SAMPLES,
@@ -89,7 +90,7 @@ def test_scores_are_those_that_training_finds(root: Path, trained: Path, whole: 
     for name, moment in (("base", "before"), ("run", "after"), ("export", "after")):
         rows = theirs[moment]["samples"]
         expected = np.array([[row[d] for d in ("VQ", "MQ", "TA")] for row in rows])
-        assert scores(whole, name) == pytest.approx(expected, abs=1.1e-3), name  # the reward goes in thousandths
+        assert scores(whole, name) == pytest.approx(expected, abs=CLOSE), name
     assert np.abs(scores(whole, "run") - scores(whole, "base")).max() > 5e-3  # another model
     assert len(list((whole / "videos").rglob("*.mp4"))) == 3 * VIDEOS
     assert (whole / "gallery.html").is_file() and "| run |" in (whole / "results.md").read_text()
@@ -135,7 +136,7 @@ def test_two_processes_give_what_one_gives(
     for name in ("base", *checkpoints):
         by_rank = [len(file.read_text().splitlines()) for file in sorted((out / "rows" / name).glob("*.jsonl"))]
         assert sum(by_rank) == VIDEOS and min(by_rank) >= 3, by_rank  # both work
-        tolerance = 0 if not layout else 1.1e-3
+        tolerance = 0 if not layout else CLOSE
         assert np.abs(scores(out, name) - scores(whole, name)).max() <= tolerance, name
     if not layout:
         same_results(whole, out)
@@ -158,7 +159,7 @@ def test_one_process_goes_on_where_two_were(
     [
         ([], {"seed": 4}, "with seed=3, now 4: choose another --out"),
         ([], {"sampler.guidance_scale": 3.0}, "sampler.guidance_scale=2.0, now 3.0"),
-        ([], {"reward.function": "tests.training.world:BrightnessReward"}, "reward.function=tests.training"),
+        ([], {"reward.function": "tests.training.world:SteadyReward"}, "reward.function=tests.training"),
         (["--steps", "5"], {}, "evaluation.num_steps=3, now 5"),
         (["--samples", "2"], {}, "evaluation.samples_per_prompt=3, now 2"),
         (["--limit", "2"], {}, "other prompts (3 of them, now 2)"),
@@ -254,7 +255,7 @@ def test_adapters_of_a_run_and_their_base(
     theirs = json.loads((run / "evaluation.json").read_text())
     for name, moment in (("base", "before"), ("adapters", "after"), ("merged", "after")):
         expected = np.array([[row[d] for d in ("VQ", "MQ", "TA")] for row in theirs[moment]["samples"]])
-        assert scores(out, name) == pytest.approx(expected, abs=1.1e-3), name
+        assert scores(out, name) == pytest.approx(expected, abs=CLOSE), name
     # what was loaded before leaves nothing behind: full weights come after adapters
     assert np.array_equal(scores(out, "full"), scores(whole, "run"))
     assert np.array_equal(scores(out, "base"), scores(whole, "base"))
@@ -262,7 +263,7 @@ def test_adapters_of_a_run_and_their_base(
         assert main(["evaluate", *jobs.arguments(root, tmp_path / "x", {"a": path}, **changes)]) == 2
         assert said in capsys.readouterr().err
     two = evaluate(root, tmp_path / "two", {"adapters": path}, ranks=2, **adapters | {"parallel.tensor": 2})
-    assert np.abs(scores(two, "adapters") - scores(out, "adapters")).max() <= 1.1e-3
+    assert np.abs(scores(two, "adapters") - scores(out, "adapters")).max() <= CLOSE
 
 
 @pytest.fixture(scope="module")
