@@ -40,7 +40,7 @@ prepare() {
 
 # launch NODES COMMAND...: sets LAUNCH, a megatron-sage command under torchrun on so many of the job's nodes.
 launch() {
-    local nodes=$1 port=$((10000 + ${SLURM_JOB_ID:-0} % 20000)) # below the ports that the kernel gives to clients
+    local nodes=$1 port=$((20000 + ${SLURM_JOB_ID:-0} % 10000)) # neither Ray's nor one that the kernel gives to clients
     shift
     LAUNCH=(
         srun --nodes "$nodes" --ntasks "$nodes"
@@ -132,10 +132,9 @@ again() {
     echo "$best $retries" >"$RUN/slurm/progress"
     if ((retries > MAX_RETRIES)); then
         say "status $code: $retries starts in a row without a further iteration: not queued again"
-    elif scontrol requeue "$JOB"; then
-        say "status $code after $iteration iterations: queued again"
     else
-        say "status $code after $iteration iterations: Slurm does not requeue $JOB; submit it again to go on"
+        say "status $code after $iteration iterations: to be queued again" # said first: scontrol ends this script
+        scontrol requeue "$JOB" || say "Slurm does not requeue $JOB: submit it again to go on"
     fi
 }
 

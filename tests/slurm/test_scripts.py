@@ -108,4 +108,4 @@ def test_a_job_is_queued_again_while_that_helps(tmp_path: Path, ends: list[tuple
     assert done.returncode == 0, done.stderr
     asked = (tmp_path / "asked").read_text().splitlines() if queued else []
     assert asked == ["requeue 5_3"] * queued and (tmp_path / "asked").exists() == bool(queued)
-    assert done.stdout.count(": queued again") == queued
+    assert done.stdout.count(": to be queued again") == queued
