@@ -104,7 +104,8 @@ def test_a_job_is_queued_again_while_that_helps(tmp_path: Path, ends: list[tuple
     (tmp_path / "scontrol").chmod(0o755)
     (tmp_path / "slurm").mkdir()
     calls = "; ".join(f"again {code} {iteration}" for code, iteration in ends)
-    done = bash("-c", f"source slurm/common.sh; RUN={tmp_path} JOB=5_3; {calls}", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = bash("-c", f"source slurm/common.sh; RUN={tmp_path} JOB=5_3; {calls}", PATH=path)
     assert done.returncode == 0, done.stderr
     asked = (tmp_path / "asked").read_text().splitlines() if queued else []
     assert asked == ["requeue 5_3"] * queued and (tmp_path / "asked").exists() == bool(queued)
