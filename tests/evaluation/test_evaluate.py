@@ -22,7 +22,7 @@ from tests.training import world
 
 CLOSE = 1e-4  # a few of a video's 39168 numbers may round to another of 256 levels
 VIDEOS = jobs.PROMPTS * jobs.SAMPLES
-LORA = {"lora.rank": 2, "lora.targets": '["to_q","to_out.0"]', "lora.export": "merged", "optimizer.lr": 3e-3}
+LORA = {"lora.rank": 2, "lora.targets": '["to_q","to_out.0"]', "lora.export": "merged", "optimizer.lr": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -257,8 +257,9 @@ def test_adapters_of_a_run_and_their_base(
         expected = np.array([[row[d] for d in ("VQ", "MQ", "TA")] for row in theirs[moment]["samples"]])
         assert scores(out, name) == pytest.approx(expected, abs=CLOSE), name
     # what was loaded before leaves nothing behind: full weights come after adapters
-    assert np.array_equal(scores(out, "full"), scores(whole, "run"))
-    assert np.array_equal(scores(out, "base"), scores(whole, "base"))
+    assert np.abs(scores(out, "adapters") - scores(out, "base")).max() > 10 * CLOSE
+    for name, same in (("full", "run"), ("base", "base")):
+        assert np.abs(scores(out, name) - scores(whole, same)).max() <= CLOSE  # frozen linears have other last bits
     for changes, said in (({}, "set lora.rank=2"), (adapters | {"lora.rank": 3}, "lora.rank=3:")):
         assert main(["evaluate", *jobs.arguments(root, tmp_path / "x", {"a": path}, **changes)]) == 2
         assert said in capsys.readouterr().err
