@@ -187,7 +187,7 @@ def test_a_stop_does_not_wait_for_an_answer_and_the_resumed_run_is_the_local_one
             asked=str(asked),
         )
         over.set()
-        assert [one["status"] for one in found] == [75] * ranks and found[-1]["seconds"] < 30
+        assert [one["status"] for one in found] == [75] * ranks and found[-1]["seconds"] < 30, found
         resumed = trained(root, f"stopped{ranks}", ranks, **changes)[0]
     assert_same(resumed, expected)
 
