@@ -1,4 +1,4 @@
-# make quickstart | test | test-long | test-nightly | lint | setup | clean
+# make quickstart | test | test-long | test-nightly | test-slurm | lint | setup | clean
 #
 # Every target sets up .venv first; stamp files inside it make the second run start at once.
 # A machine with a GPU chooses its own torch:  make quickstart TORCH="torch==2.13.0"
@@ -18,12 +18,13 @@ PYTEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON TORCH
 
-.PHONY: help setup quickstart test test-long test-nightly lint format clean another-torch
+.PHONY: help setup quickstart test test-long test-nightly test-slurm lint format clean another-torch
 
 help:
 	@echo "make quickstart   set up, then train the tiny model and write runs/quickstart/report.html"
 	@echo "make test         set up, then the quick tests;  make test-long: the long ones"
 	@echo "make test-nightly more layouts, up to 8 processes"
+	@echo "make test-slurm   the scripts in slurm/ on a Slurm of this machine (installed where it is missing, as root)"
 	@echo "make lint         ruff and mypy;  make format: let ruff mend what it can"
 	@echo "make setup        only the virtual environment $(VENV);  make clean: remove it and all caches"
 	@echo "On a machine with a GPU, the first time: make quickstart TORCH=\"torch==2.13.0\""
@@ -41,6 +42,10 @@ test-long: setup
 
 test-nightly: setup
 	@$(BIN)/python -m pytest -m nightly $(PYTEST_ARGS)
+
+test-slurm: setup
+	@bash tools/install_slurm.sh
+	@$(BIN)/python -m pytest tests/slurm -m slurm $(PYTEST_ARGS)
 
 lint: setup
 	@failed=0; \

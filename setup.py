@@ -29,6 +29,7 @@ CORE = [
     "av>=16,<19",  # 18 is the last for Python 3.11
     "tensorboard>=2.20,<3",
     "packaging>=24.2",
+    "urllib3>=2.5,<3",  # the client of a reward server
 ]
 
 EXTRAS = {
@@ -37,14 +38,18 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19,<0.20"],
     "dali": ["nvidia-dali-cuda130>=1.52,<3"],
     "parquet": ["pyarrow>=21,<27"],
-    "rewards": ["peft>=0.21,<0.22"],
     "wandb": ["wandb>=0.22,<0.32"],
+    "rewards": ["ray[serve]>=2.60,<3", "fastapi>=0.141,<1"],  # `serve-rewards`; its client needs urllib3 alone
     "dev": [
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",
         "hypothesis>=6.150,<7",
         "peft>=0.21,<0.22",  # the judge of the adapters
+        "ray[serve]>=2.60,<3",
+        "fastapi>=0.141,<1",
         "pyarrow>=21,<27",
+        "nvidia-dali-cuda130>=1.52,<3",  # its CPU pipelines are compared with Pillow
+        "selenium>=4.40,<5",  # reports in Debian's Chromium
         "ruff>=0.17,<0.18",
         "mypy>=2.4,<3",
         "types-PyYAML>=6,<7",

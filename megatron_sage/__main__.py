@@ -21,11 +21,17 @@ from megatron_sage.errors import USER_ERROR, OutOfMemory, UserError
 COMMANDS = {
     "train": ("", "improve a model by SAGE-GRPO: train [--recipe NAME] [CONFIG] key=value ..."),
     "sample": ("megatron_sage.generate", "make videos from prompts"),
+    "evaluate": ("megatron_sage.evaluation.command", "compare checkpoints: videos, scores, tables, a gallery"),
+    "rate": (
+        "megatron_sage.evaluation.rate_command",
+        "blind ratings by people: rate make, rate table",
+    ),
     "convert": ("megatron_sage.checkpoint.convert", "convert checkpoints between Hugging Face, official and Megatron"),
     "export": ("megatron_sage.checkpoint.pipeline", "write a trained model as a pipeline that diffusers runs"),
     "encode": ("megatron_sage.conditioning.command", "encode prompts and images into the cache that training reads"),
     "verify": ("megatron_sage.verify", "compare the model with diffusers' on the same weights and inputs"),
     "plan": ("megatron_sage.planning.command", "layouts of N GPUs: memory, time, traffic; or a dry run of one rank"),
+    "serve-rewards": ("megatron_sage.rewards.serving.command", "score videos for runs on other processes or hosts"),
     "recipes": ("megatron_sage.recipes", "list the named runs, or show one: recipes show NAME"),
     "figures": ("megatron_sage.figures.command", "draw the method's figures: figures NAME"),
     "study": ("megatron_sage.study.command", "compare samplers, KL strategies and schedules on the tiny world"),

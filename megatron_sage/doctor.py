@@ -190,7 +190,12 @@ def _optional() -> Iterator[Finding]:
     else:
         yield Finding(section, "transformer-engine", "ok", engine)
     yield _apex()
-    for distribution, extra in (("deepspeed", "deepspeed"), ("nvidia-dali-cuda130", "dali"), ("peft", "rewards")):
+    for distribution, extra in (
+        ("deepspeed", "deepspeed"),
+        ("nvidia-dali-cuda130", "dali"),
+        ("ray", "rewards"),
+        ("pyarrow", "parquet"),
+    ):
         found = _version(distribution)
         absent = f"not installed; extra '{extra}'"
         yield Finding(section, distribution, "ok" if found else "optional", found or absent)

@@ -140,6 +140,34 @@ def test_a_trained_model_is_exported_and_diffusers_samples_what_we_sample(journe
     assert [row["prompt"] for row in index] == TEXTS
 
 
+@pytest.mark.nightly
+def test_evaluate_scores_the_videos_that_diffusers_makes(journey: Journey) -> None:
+    """Base and trained checkpoint, from the noise that every evaluation with this seed begins with."""
+    from megatron_sage.parallel.noise import EVALUATION, INITIAL, gaussian
+    from tests.training.world import BrightnessReward
+
+    draws = [gaussian((3 * 3 * 5, 32), 0, EVALUATION, number, 0, INITIAL) for number in range(3)]
+    noise = torch.stack([draw.T.reshape(SHAPE) for draw in draws])
+    trained, out, config = journey.folder / "judged", journey.folder / "evaluation", journey.folder / "empty.yaml"
+    run("export", journey.folder / "run", trained)
+    config.write_text("{}\n")
+    checkpoints = [f"run={journey.folder / 'run/checkpoints/iteration_000002'}", f"export={trained}"]
+    given = [*("--prompts", journey.folder / "prompts.csv"), "--steps", STEPS, "--out", out]
+    named = [text for checkpoint in checkpoints for text in ("--checkpoint", checkpoint)]
+    run("evaluate", config, *journey.settings("unused"), *given, *named)
+    found = {}
+    for name in ("base", "run", "export"):
+        lines = (out / "rows" / name / "rank_00000.jsonl").read_text().splitlines()
+        found[name] = np.array([list(json.loads(line)["scores"].values()) for line in lines])
+    for name, directory in (("base", journey.base), ("run", trained)):
+        _, frames = journey.theirs(directory, noise)
+        videos = list(np.floor(frames + 0.5).astype(np.uint8))
+        expected = np.stack(list(BrightnessReward()(videos, TEXTS, 24.0).values()), axis=1)
+        np.testing.assert_allclose(found[name], expected, atol=2e-5)
+    np.testing.assert_array_equal(found["run"], found["export"])
+    assert np.ptp(found["base"], axis=0).max() > 1e-3 and np.abs(found["run"] - found["base"]).max() > 1e-4
+
+
 def test_no_encoder_is_needed_once_the_cache_is_full(journey: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [journey.base / name for name in ("text_encoder", "text_encoder_2", "image_encoder")]
     hidden = [path for folder in folders for path in folder.glob("*.safetensors")]

@@ -3,7 +3,7 @@
 Two parts. `settings` is a hash of every small file (configurations, vocabularies) and of what the caller adds
 (template, dtype, size). `weights` is a hash of the weight files' names, sizes and headers, and of samples of their
 data, so that a fine-tuned encoder of the same shapes is another encoder. Weight files may be deleted once the cache
-is full: the cache's `encoders.json` then says which weights belonged to these settings.
+is full: an `encoder_*.json` in the cache then says which weights belonged to these settings.
 """
 
 import hashlib
@@ -18,7 +18,6 @@ from megatron_sage.errors import UserError
 
 SMALL = (".json", ".txt", ".jinja", ".model")  # suffixes of configurations and vocabularies
 Shapes = dict[str, tuple[int | None, ...]]  # tensor -> sizes, None where they vary
-RECORD = "encoders.json"
 _SAMPLES, _BLOCK = 64, 1024  # blocks of a weight file's data that are hashed, and their bytes
 _LONGEST_HEADER = 100_000_000  # safetensors' own limit
 
@@ -82,36 +81,40 @@ def _sampled(path: Path) -> Iterable[bytes]:
 
 
 class Record:
-    """`encoders.json` of a cache: settings -> weights of the encoders that have filled it."""
+    """`encoder_*.json` in a cache, one for each encoder that has filled it: which weights belonged to its settings."""
 
     def __init__(self, directory: str | Path) -> None:
-        self.path = Path(directory) / RECORD
+        self.directory = Path(directory)
+
+    def path(self, settings: str) -> Path:
+        """One file for each encoder, so that runs that fill one cache at once do not overwrite each other's."""
+        return self.directory / f"encoder_{settings[:32]}.json"
 
     def weights(self, settings: str) -> str | None:
-        """What stood beside these settings; None for settings that are unknown, or a file that is not there."""
-        found = self._read().get(settings)
-        return found if isinstance(found, str) else None
+        """What was remembered for these settings; None where nothing was."""
+        path = self.path(settings)
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text())
+            if content["settings"] == settings:
+                return str(content["weights"])
+            problem = "other settings"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = type(error).__name__
+        cure = "delete it, restore the weights and run `megatron-sage encode`"
+        raise UserError(f"{path}: not what `megatron-sage encode` writes ({problem}); {cure}")
 
     def remember(self, settings: str, weights: str) -> None:
-        """Write down a pair; atomic, as ranks of several machines may do so at once (with the same content)."""
-        known = self._read()
-        if known.get(settings) == weights:
+        """Write a pair down, whole or not at all."""
+        path = self.path(settings)
+        content = json.dumps({"settings": settings, "weights": weights}, indent=1) + "\n"
+        if path.is_file() and path.read_bytes() == content.encode():
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{RECORD}.{uuid.uuid4().hex}.tmp")
-        temporary.write_text(json.dumps({**known, settings: weights}, indent=1) + "\n")
-        os.replace(temporary, self.path)
-
-    def _read(self) -> dict[str, object]:
-        if not self.path.is_file():
-            return {}
-        try:
-            content = json.loads(self.path.read_text())
-        except (ValueError, OSError) as error:
-            raise UserError(f"{self.path}: not readable ({error}); delete it and run `megatron-sage encode`") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{self.path}: not a JSON object; delete it and run `megatron-sage encode`")
-        return content
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
+        temporary.write_text(content)
+        os.replace(temporary, path)
 
 
 class Fingerprinted:
@@ -141,8 +144,10 @@ class Fingerprinted:
         weights = self.weights or (self.record.weights(self.settings) if self.record else None)
         if weights is None:
             where = " or ".join(self.weight_folders)
-            known = f", and {self.record.path} does not know them" if self.record else ""
-            raise UserError(f"{self.root}: weights of {where} are missing{known}; fetch the checkpoint again")
+            known = f", and {self.record.directory} does not know them" if self.record else ""
+            raise UserError(
+                f"{self.root}: weights of {where} are missing (safetensors){known}; fetch the checkpoint again"
+            )
         return f"{self.label} {self.settings[:32]} {weights[:32]}"
 
     def remember(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from megatron_sage.errors import UserError
+from megatron_sage.reporting.progress import no_progress_bar
 
 # What a broken, foreign or incomplete folder makes transformers raise.
 BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
@@ -49,9 +50,10 @@ def load_model(cls: Any, folder: Path, device: torch.device | str, dtype: torch.
     transformers only warns of missing weights and leaves them random.
     """
     try:
-        model, report = cls.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        with no_progress_bar():
+            model, report = cls.from_pretrained(
+                folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except BROKEN as error:
         raise UserError(f"{folder}: cannot be loaded ({_reason(error)}); fetch the folder again") from error
     missing = sorted(report["missing_keys"])

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from megatron_sage.config.loading import nearest
+from megatron_sage.config.remote_rules import check_remote
 from megatron_sage.config.schema import Config
 from megatron_sage.errors import UserError
 
@@ -19,6 +20,9 @@ def check_reward(config: Config) -> None:
     reward = config.reward
     if not any(reward.weights.values()):
         _refuse("reward.weights", reward.weights, "must give at least one dimension a weight other than 0")
+    check_remote(config)
+    if reward.url is not None:
+        return  # the reward's module, its settings and models are on the server, which checks them
     found = {
         "reward.function": _checked(config, "reward.function", reward.function, "reward.settings", reward.settings)
     }

@@ -165,6 +165,12 @@ class RewardConfig:
     weights: dict[str, float] = field(default_factory=lambda: {"VQ": 0.5, "MQ": 0.5, "TA": 1.0})  # paper: setting B
     watch: str | None = None  # "module:name" of a second reward that is logged and never trained on (ours)
     watch_settings: dict[str, Any] = field(default_factory=dict)  # keyword arguments of that class
+    url: str | None = None  # http://HOST:PORT of a `serve-rewards`, which holds all these; null: on the run's own ranks
+    token_env: str = "MEGATRON_SAGE_REWARD_TOKEN"  # environment variable with the bearer token of that server
+    timeout_seconds: float = 240.0  # for one attempt to get an answer (ours)
+    retries: int = 5  # further attempts before the videos count as lost (ours)
+    in_flight: int = 2  # parts of a rank's videos that may wait for their answers (ours)
+    overlap_groups: int | None = None  # groups of a part: one is scored while the next is denoised; null: all (ours)
 
 
 @dataclass

@@ -127,7 +127,7 @@ def _decoded(path: Path, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]
     """(index, uint8 [H, W, 3]) of the wanted frames, upright."""
     with av.open(str(path)) as container:
         stream = _stream(path, container)
-        # Without it H.264 hides damage: it paints the missing blocks with those of another frame.
+        # Report damage rather than conceal it. Not all is seen: H.264 has no checksum.
         stream.codec_context.options = {"err_detect": "explode"}
         wanted, graph = iter(indices), _RgbGraph(stream)
         index = next(wanted)

@@ -85,11 +85,21 @@ class Occupancy:
     """What this rank did, written down as it did it: (slot, task, seconds at its begin and end)."""
 
     entries: list[tuple[int, Task, float, float]] = field(default_factory=list)
+    slots: int = 0  # of the whole plan, the same on every rank
 
     def busy_and_span(self) -> tuple[int, int]:
         """Slots with a task, and slots from the first to the last of them: start and end do not count."""
         slots = [slot for slot, *_ in self.entries]
         return len(set(slots)), (max(slots) - min(slots) + 1 if slots else 0)
+
+    def follow(self, other: "Occupancy", flights: int) -> None:
+        """Append a plan that was executed behind this one, whose flights were `flights` up to now.
+
+        The slots in which the pipeline ran empty and filled again between them lie inside the span: they count as idle.
+        """
+        for slot, task, begin, end in other.entries:
+            self.entries.append((slot + self.slots, task._replace(flight=task.flight + flights), begin, end))
+        self.slots += other.slots
 
 
 @dataclass
@@ -114,7 +124,7 @@ def execute(plan: Plan, work: Work, group: dist.ProcessGroup | None, chunks: int
     rank, last = (0, 0) if group is None else (group.rank(), group.size() - 1)
     if group is not None and dist.get_backend(group) == "nccl":
         dist.barrier(group=group)  # NCCL wants all ranks in a group's first operation, the first slot has two of them
-    occupancy = Occupancy()
+    occupancy = Occupancy(slots=len(plan))
     arrived: torch.Tensor | _Message | None = None
     sent: list[_Message] = []
     results: dict[int, tuple[Task, _Message]] = {}  # flight -> what has been posted for it

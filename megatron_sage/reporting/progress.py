@@ -40,3 +40,17 @@ class Bar:
     def __call__(self, count: int = 1) -> None:
         if self._progress is not None:
             self._progress.advance(self._progress.task_ids[0], count)
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """transformers' bar while weights are loaded, once for every rank, would only garble the terminal."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

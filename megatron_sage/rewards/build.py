@@ -5,14 +5,17 @@ from typing import Any
 from megatron_sage.config.schema import RewardConfig
 from megatron_sage.rewards.composite import Several, WithWatch, check_weights
 from megatron_sage.rewards.protocol import Reward, load_reward
+from megatron_sage.rewards.remote import RemoteReward
 
 
 def build_reward(config: RewardConfig, device: Any = None) -> Reward:
     """What is trained on, one reward or several, with what is only watched.
 
     Models are loaded here and not at the first call, so that a fault shows before training. A class with a parameter
-    `device` is given `device`, unless its settings say another one.
+    `device` is given `device`, unless its settings say another one. With `reward.url` they are all on that server.
     """
+    if config.url is not None:
+        return RemoteReward(config)
     reward = load_reward(config.function, "reward.function", config.settings, device)
     if config.more:
         rewards = {"reward.function": reward}

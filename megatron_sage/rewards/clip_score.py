@@ -23,13 +23,13 @@ import torch
 
 from megatron_sage.config.schema import VideoConfig
 from megatron_sage.errors import UserError
+from megatron_sage.reporting.progress import no_progress_bar
 from megatron_sage.rewards import frames as pictures
 from megatron_sage.rewards.model import (
     DTYPES,
     check_count,
     check_dtype,
     default_device,
-    no_progress_bar,
     on_device,
     reason,
     tokenizer,

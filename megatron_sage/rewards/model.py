@@ -39,20 +39,6 @@ def on_device(model: torch.nn.Module, device: torch.device, resident: bool) -> I
             model.to("cpu")
 
 
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """transformers' bar while weights are loaded, once for every rank, would only garble the terminal."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def tokenizer(place: Any, **options: Any) -> Any:
     """A tokenizer from a directory, never from the network; UserError in one line where it cannot be read."""
     from transformers import AutoTokenizer

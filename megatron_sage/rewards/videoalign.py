@@ -15,6 +15,7 @@ import torch
 
 from megatron_sage.config.schema import VideoConfig
 from megatron_sage.errors import UserError
+from megatron_sage.reporting.progress import no_progress_bar
 from megatron_sage.rewards import frames as pictures
 from megatron_sage.rewards import videoalign_checkpoint as checkpoint_files
 from megatron_sage.rewards.model import (
@@ -22,7 +23,6 @@ from megatron_sage.rewards.model import (
     check_count,
     check_dtype,
     default_device,
-    no_progress_bar,
     on_device,
     tokenizer,
 )

@@ -79,12 +79,14 @@ def read_settings(directory: Path) -> Settings:
     for key, wanted in {
         "data_config.sample_type": "uniform",
         "data_config.prompt_template_type": "detailed_special",
-        "data_config.eval_dim": list(DIMENSIONS),
         "model_config.use_special_tokens": True,
     }.items():
         value = found.get(key, wanted)
         if value != wanted:
             raise UserError(f"{file}: {key}={value}: only {wanted} is supported, another one would score otherwise")
+    order = found.get("data_config.eval_dim", list(DIMENSIONS))
+    if not isinstance(order, list) or [name for name in order if name in DIMENSIONS] != list(DIMENSIONS):
+        raise UserError(f"{file}: data_config.eval_dim={order}: expected {', '.join(DIMENSIONS)} in this order")
     output_dim = found.number("model_config.output_dim", 1)
     if output_dim not in (1, 3):
         raise UserError(f"{file}: model_config.output_dim={output_dim}: expected 1 or 3")

@@ -46,6 +46,8 @@ def train(config: Config) -> int:
     """
     if config.precision.threads:
         torch.set_num_threads(config.precision.threads)
+    if config.reward.url is not None:
+        build_reward(config.reward)  # a server that is missing or does not fit shows before the first collective
     groups = initialize_groups(config)
     reporter = Reporter(groups.rank == 0)
     _start_directory(Path(config.output_dir), config, groups)

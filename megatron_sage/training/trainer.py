@@ -1,6 +1,5 @@
 """One iteration of SAGE-GRPO: rollout, rewards, advantages, reference velocities, updates."""
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +26,7 @@ from megatron_sage.rewards.composite import WATCH, weighted
 from megatron_sage.rewards.protocol import Reward
 from megatron_sage.rollout.buffer import MicroTrajectory
 from megatron_sage.rollout.policy import Prompt
-from megatron_sage.rollout.sampler import Flight, final_latents, rollout
-from megatron_sage.rollout.scoring import score
+from megatron_sage.rollout.sampler import Flight, rollout
 from megatron_sage.training import random_state
 from megatron_sage.training.ema import Ema
 from megatron_sage.training.gradients import all_finite
@@ -38,6 +36,7 @@ from megatron_sage.training.noise_floor import NoiseFloor, measure, replayed_pai
 from megatron_sage.training.precision import calibrate, calibrate_gradients
 from megatron_sage.training.reference import Reference
 from megatron_sage.training.replay import Replay
+from megatron_sage.training.scoring_queue import build_scoring
 
 LATENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -75,6 +74,7 @@ class Trainer:
         self.flown: list[Prompt] = []  # the prompt of each micro-batch of the last rollout, on this replica
         self._skipped = 0  # updates of the iteration whose gradients were not finite
         self.schedule = Occupancy()  # of the last rollout, on this rank
+        self.scoring = build_scoring(engine, codec, reward)
         self._choose_steps()
 
     def run_iteration(self) -> tuple[dict[str, Any], str | None]:
@@ -95,7 +95,8 @@ class Trainer:
             random_state.restore(generators.data)
             raise
         control.begin(self.iteration)
-        return row, self.guard.reason_to_stop(bad_rewards, self.engine.config.reward.function)
+        reward = self.engine.config.reward
+        return row, self.guard.reason_to_stop(bad_rewards, reward.url or reward.function)
 
     def _iteration(self) -> tuple[dict[str, Any], bool]:
         begin = time.perf_counter()
@@ -125,7 +126,7 @@ class Trainer:
         self.engine.control.enter(name)
         with self.reporter.bar(f"{self.iteration:>4} {name}", total) as tick:
             yield tick
-        self._seconds[name] = time.perf_counter() - begin
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin  # a rollout may have parts
 
     def _my_groups(self) -> list[tuple[int, int]]:
         """(number of the group in the run, prompt) of this replica's groups: every dp_size-th of the iteration."""
@@ -135,7 +136,11 @@ class Trainer:
         return groups[self.engine.groups.dp_rank :: self.engine.groups.dp_size]
 
     def _roll_out(self) -> tuple[list[MicroTrajectory], dict[str, Any]]:
-        """This replica's trajectories, all micro-batches on the way at once, and how busy the pipeline was."""
+        """This replica's trajectories and how busy the pipeline was.
+
+        All micro-batches are on the way at once, or those of `reward.overlap_groups` groups, while the videos of the
+        parts before are scored elsewhere.
+        """
         config, engine = self.engine.config, self.engine
         size, count = config.sampler.micro_batch, config.grpo.group_size
         flights = [
@@ -145,8 +150,22 @@ class Trainer:
         ]
         self.flown = [flight.prompt for flight in flights]
         engine.eval()
+        self.scoring.begin()
+        groups = config.reward.overlap_groups
+        part = len(flights) if groups is None else groups * (count // size)
+        trajectories: list[MicroTrajectory] = []
+        self.schedule = Occupancy()
+        for begin in range(0, len(flights), part):
+            found, occupancy = self._roll_out_part(flights[begin : begin + part])
+            self.schedule.follow(occupancy, len(trajectories))
+            trajectories += found
+            self.scoring.send(self.table, found, self._phase)
+        return trajectories, {"rollout/bubble_fraction": bubble_fraction(self.schedule, engine.groups.pp)}
+
+    def _roll_out_part(self, flights: list[Flight]) -> tuple[list[MicroTrajectory], Occupancy]:
+        config, engine = self.engine.config, self.engine
         with self._phase("rollout", len(flights) * config.sampler.num_steps) as tick:
-            trajectories, self.schedule = rollout(
+            return rollout(
                 engine.rollout_network(),
                 self.table,
                 flights,
@@ -158,36 +177,24 @@ class Trainer:
                 offload=config.sampler.offload_trajectories,
                 on_step=tick,
             )
-        return trajectories, {"rollout/bubble_fraction": bubble_fraction(self.schedule, engine.groups.pp)}
 
     def _score(self, trajectories: list[MicroTrajectory]) -> tuple[np.ndarray, dict[str, Any], bool]:
         """Rewards [groups of this replica, G], their metrics over all replicas, and the stop rule."""
-        config, engine = self.engine.config, self.engine
-        texts = [t.prompt.text for t in trajectories for _ in t.samples]
-        with self._phase("decode", math.ceil(len(texts) / engine.groups.replica.size())) as tick:
-            scores = score(
-                [final_latents(engine.network(), self.table, t) for t in trajectories],
-                texts,
-                engine.shape,
-                self.codec,
-                self.reward,
-                config.video.fps,
-                engine.token_group,
-                engine.groups.replica,
-                tick,
-                engine.control,
-            )
-            engine.control.end_phase()
-        self._seconds |= {"decode": scores.decode_seconds, "reward": scores.reward_seconds}
+        config = self.engine.config
+        scores = self.scoring.collect(self.table, trajectories, self._phase)
+        if scores.lost is None:  # a local reward is called within the phase of decoding
+            self._seconds |= {"decode": scores.decode_seconds, "reward": scores.reward_seconds}
         rewards = weighted(scores.dimensions, config.reward.weights)
-        table = np.stack([rewards, *(scores.dimensions[name] for name in self.reward.dimensions)])
-        every = self._over_replicas(torch.from_numpy(table))
+        table = [rewards, *(scores.dimensions[name] for name in self.reward.dimensions)]
+        every = self._over_replicas(torch.from_numpy(np.stack(table if scores.lost is None else [*table, scores.lost])))
         finite = np.isfinite(every[0])
         kept = every[:, finite]
         row: dict[str, Any] = {"reward/nonfinite": int((~finite).sum())}
+        if scores.lost is not None:  # videos of which a remote reward said nothing; they are among the non-finite
+            row["reward/lost"] = int(every[-1].sum())
         if finite.any():
             row |= {"reward/mean": float(kept[0].mean()), "reward/std": float(kept[0].std())}
-            for name, values in zip(self.reward.dimensions, kept[1:], strict=True):
+            for name, values in zip(self.reward.dimensions, kept[1 : len(table)], strict=True):
                 key = name if name.startswith(WATCH) else f"reward/{name}"
                 row[key] = float(values.mean())  # a watched one is nan where it did not score a video: it says so
         stop = self.guard.update(int((~finite).sum()), finite.size)

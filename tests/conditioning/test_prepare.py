@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_sage.__main__ import main
+from megatron_sage.conditioning import qwen, siglip
 from megatron_sage.conditioning.cache import CacheError, EmbeddingCache
 from megatron_sage.conditioning.embedding import ImageEmbedding, PromptEmbedding
 from megatron_sage.conditioning.encoders import open_image_encoder, open_text_encoder
@@ -130,11 +132,14 @@ def test_a_full_cache_needs_no_weights(root: Path, rows: list[PromptRow], cache:
     # and says so when it does need them
     with pytest.raises(UserError, match="text_encoder: cannot be loaded"):
         fill_cache(config, [PromptRow("something new")])
-    (cache / "encoders.json").unlink()
-    with pytest.raises(
-        UserError, match=r"weights of text_encoder or text_encoder_2 are missing, and .*encoders.json does"
-    ):
-        open_conditions(config, rows)
+    for damage in ("cut off", "gone"):
+        for path in cache.glob("encoder_*.json"):
+            path.write_text("{") if damage == "cut off" else path.unlink()
+        with pytest.raises(
+            UserError,
+            match="not what .megatron-sage encode. writes" if damage == "cut off" else f"and {cache} does not know",
+        ):
+            open_conditions(config, rows)
 
 
 def damages(path: Path, entries: list[Path]) -> dict[str, object]:
@@ -222,24 +227,34 @@ def test_ranks_fill_one_cache(root: Path, rows: list[PromptRow], full: Path, tmp
         assert equal(text, text_full) and equal(image, image_full)
 
 
-def test_encoders_are_released(root: Path, tmp_path: Path, monkeypatch) -> None:
-    import gc
-    import weakref
+def test_text_encoders_are_gone_before_the_image_encoder_is_loaded(root, rows, cache, monkeypatch) -> None:
+    """Each is as large as the policy; the last is gone when training begins."""
+    alive: dict[str, weakref.ref] = {}
+    before: list[list[str]] = []
 
-    from megatron_sage.conditioning import qwen
+    def watched(module):
+        load = module.load_model
 
-    alive: list[weakref.ref] = []
+        def loaded(cls, folder, *arguments):
+            before.append([name for name, ref in alive.items() if ref() is not None])
+            model = load(cls, folder, *arguments)
+            alive[folder.name] = weakref.ref(model)
+            return model
 
-    def watched(*arguments):
-        model = load(*arguments)
-        alive.append(weakref.ref(model))
-        return model
+        monkeypatch.setattr(module, "load_model", loaded)
 
-    load = qwen.load_model
-    monkeypatch.setattr(qwen, "load_model", watched)
-    fill_cache(run(root, tmp_path / "cache"), [PromptRow("a cat")])
-    gc.collect()
-    assert len(alive) == 2 and all(ref() is None for ref in alive)
+    watched(qwen)
+    watched(siglip)
+    for path in cache.glob("*.safetensors"):
+        path.unlink()
+    conditions = open_conditions(run(root, cache), rows)
+    monkeypatch.setattr(
+        "megatron_sage.conditioning.prepare.open_conditions", lambda *_: conditions
+    )  # outlives the call
+    fill_cache(run(root, cache), rows)
+    assert before == [[], ["text_encoder"], []]
+    assert list(alive) == ["text_encoder", "text_encoder_2", "image_encoder"]
+    assert all(ref() is None for ref in alive.values())
 
 
 def test_an_embedding_that_overflows_is_refused(tmp_path: Path, monkeypatch) -> None:
@@ -264,13 +279,13 @@ def test_encoders_of_another_checkpoint_are_refused(tmp_path: Path) -> None:
         open_conditions(run(tmp_path, tmp_path / "cache"), [])
 
 
-def test_a_picture_that_is_gone_is_named(root: Path, tmp_path: Path) -> None:
+def test_a_picture_that_is_gone_is_named(root: Path, cache: Path, tmp_path: Path) -> None:
     gone = PromptRow("a cat", tmp_path / "gone.png")
     with pytest.raises(UserError, match=r"gone.png: cannot be read"):
-        fill_cache(run(root, tmp_path / "cache"), [gone])
+        fill_cache(run(root, cache), [gone])
     (tmp_path / "gone.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"gone.png"):
-        fill_cache(run(root, tmp_path / "cache"), [gone])
+        fill_cache(run(root, cache), [gone])
 
 
 def test_the_command_reads_tables_with_images(capsys, root: Path, rows: list[PromptRow], full: Path) -> None:

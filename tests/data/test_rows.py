@@ -211,6 +211,8 @@ def test_an_edited_file_is_refused_on_resume(tmp_path) -> None:
     cursor.take()
     state = json.loads(json.dumps(cursor.state_dict()))
     PromptCursor(3, 2, 0, read_report(path).digest).load_state_dict(state)
+    picture(tmp_path / "a.png")
+    assert len({read_report(write(path, {"prompt": ["a"], "image": [name]})).digest for name in ("", "a.png")}) == 2
     # The same rows in another format are the same data.
     other = write(tmp_path / "p.jsonl", {"prompt": ["a", "b", "c"]})
     PromptCursor(3, 2, 0, read_report(other).digest).load_state_dict(state)

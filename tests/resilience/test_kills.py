@@ -50,11 +50,17 @@ class Runs:
         return json.loads(line)
 
     def start(self, name: str, ranks: int = 1, **changes: Any) -> list[int]:
-        settings = world.settings(self.root, name, **BASE | changes)
+        return self._start(world.overrides(world.settings(self.root, name, **BASE | changes)), ranks)
+
+    def start_command(self, arguments: list[str], ranks: int, log: Path) -> list[int]:
+        """Any command line; its output goes to `log`."""
+        return self._start(arguments, ranks, str(log))
+
+    def _start(self, arguments: list[str], ranks: int, log: str | None = None) -> list[int]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        job = {"arguments": world.overrides(settings), "ranks": ranks, "port": port}
+        job = {"arguments": arguments, "ranks": ranks, "port": port, "log": log}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()

@@ -4,6 +4,8 @@ A start from nothing costs ten seconds of imports; twenty kills would cost minut
 
     python -m tests.resilience.zygote        reads {"arguments": [...], "ranks": n, "port": p} a line, answers
                                              {"pids": [...]} at once and {"statuses": [...]} when all have ended
+
+"arguments" are those of `train`; with "log", a file for the output, they are a whole command line.
 """
 
 import contextlib
@@ -14,24 +16,27 @@ import traceback
 from typing import Any
 
 
-def _child(arguments: list[str], rank: int, ranks: int, port: int) -> int:
+def _child(arguments: list[str], rank: int, ranks: int, port: int, log_file: str | None) -> int:
     """One rank of a run, to its end. Its output goes to a file in the run's directory, as a terminal's would."""
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from megatron_sage.__main__ import main
 
-    directory = next(a.partition("=")[2] for a in arguments if a.startswith("output_dir="))
-    log = os.open(f"{directory}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    if log_file is None:
+        directory = next(a.partition("=")[2] for a in arguments if a.startswith("output_dir="))
+        arguments, log_file = ["train", *arguments], f"{directory}.log"
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    return main(["train", *arguments])
+    return main(arguments)
 
 
 def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)  # and no thread pool that a fork would lose
+    from megatron_sage.evaluation import command  # noqa: F401
     from megatron_sage.training import run  # noqa: F401
     from tests.training import world  # noqa: F401
 
@@ -44,7 +49,7 @@ def _serve() -> None:
             if pid == 0:
                 status = 1
                 try:
-                    status = _child(job["arguments"], rank, job["ranks"], job["port"])
+                    status = _child(job["arguments"], rank, job["ranks"], job["port"], job.get("log"))
                 except BaseException:
                     traceback.print_exc()
                 finally:

@@ -278,7 +278,9 @@ def test_files_that_are_not_right(single: tuple[Path, Any, Any], tmp_path: Path,
     [
         ("data_config.sample_type", "multi_pts", "only uniform is supported"),
         ("data_config.prompt_template_type", "detailed", "only detailed_special"),
-        ("data_config.eval_dim", ["VQ", "TA", "MQ"], r"eval_dim=\['VQ', 'TA', 'MQ'\]"),
+        ("data_config.eval_dim", ["VQ", "TA", "MQ"], r"eval_dim=\['VQ', 'TA', 'MQ'\]: expected VQ, MQ, TA"),
+        ("data_config.eval_dim", "VQ", "eval_dim=VQ: expected VQ, MQ, TA"),
+        ("data_config.eval_dim", ["VQ", "MQ", "TA", "Overall"], None),
         ("data_config.fps", 0, "must be > 0"),
         ("data_config.fps", "2", "expected a number"),
         ("data_config.max_frame_pixels", None, "expected a number"),
@@ -380,6 +382,25 @@ def test_a_run_is_checked_before_it_starts(single: tuple[Path, Any, Any]) -> Non
         with pytest.raises(UserError, match=said) as caught:
             check_reward(load_config(None, [*settings, override]))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.nightly
+def test_two_processes_train_on_it(single: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    from tests.parallel.pool import run_on_ranks
+    from tests.training import world
+
+    run_on_ranks(1, "tests.training.world:build", root=tmp_path)
+    rows = []
+    for ranks in (1, 2):
+        settings = world.settings(tmp_path, f"run{ranks}", **{"training.iterations": 1, "parallel.tensor": ranks})
+        settings["reward.function"] = "megatron_sage.rewards.videoalign:VideoAlign"
+        settings["reward.settings"] = f"{{checkpoint: {single[0]}, batch: 2}}"
+        arguments = world.overrides(settings)
+        found = run_on_ranks(ranks, "tests.training.world:train_job", arguments=arguments, processes=ranks)
+        rows.append(found[0]["rows"][0])
+    for name in ("reward/mean", "reward/VQ", "reward/MQ", "reward/TA"):
+        assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-4) and np.isfinite(rows[0][name])
+    assert rows[0]["reward/nonfinite"] == 0 and rows[0]["reward/std"] > 0
 
 
 def refused(said: str, checkpoint: str) -> None:
