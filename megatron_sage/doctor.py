@@ -192,7 +192,7 @@ def _optional() -> Iterator[Finding]:
     yield _apex()
     for distribution, extra in (
         ("deepspeed", "deepspeed"),
-        ("nvidia-dali-cuda130", "dali"),
+        ("nvidia-dali-cuda130", "dali"), ("wandb", "wandb"),
         ("ray", "rewards"),
         ("pyarrow", "parquet"),
     ):

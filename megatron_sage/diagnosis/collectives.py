@@ -133,7 +133,8 @@ def _computing(seconds: float) -> float:
     """A rank's own work, without any other: the median of many, so that one disturbance does not count."""
     size = 4096 if torch.cuda.is_available() else 256
     one = torch.ones(size, size, device=device(), dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    times, end = [], time.perf_counter() + seconds
+    times: list[float] = []
+    end = time.perf_counter() + seconds
     while len(times) < 5 or (time.perf_counter() < end and len(times) < 1000):
         times.append(_timed(lambda: _local_work(one), 1))
     return sorted(times)[len(times) // 2]
