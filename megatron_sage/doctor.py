@@ -192,7 +192,8 @@ def _optional() -> Iterator[Finding]:
     yield _apex()
     for distribution, extra in (
         ("deepspeed", "deepspeed"),
-        ("nvidia-dali-cuda130", "dali"), ("wandb", "wandb"),
+        ("nvidia-dali-cuda130", "dali"),
+        ("wandb", "wandb"),
         ("ray", "rewards"),
         ("pyarrow", "parquet"),
     ):

@@ -14,11 +14,11 @@ from megatron_sage.config import Config
 from megatron_sage.errors import UserError
 from megatron_sage.monitoring.peak import peak_flops
 from megatron_sage.monitoring.performance import COLUMNS, performance, scalars, stragglers, table_of
-from megatron_sage.monitoring.phases import PHASES, PhaseClock, Spent
+from megatron_sage.monitoring.phases import PHASES, PhaseClock
 from megatron_sage.monitoring.rank_log import RankLog
 from megatron_sage.monitoring.work import WorkCount
 from megatron_sage.monitoring.writers import Writer, build_writers, finite
-from megatron_sage.parallel.control import Control
+from megatron_sage.parallel.control import Control, Stopped
 from megatron_sage.parallel.groups import Groups
 from megatron_sage.parallel.waiting import Waiting
 from megatron_sage.reporting.progress import Reporter
@@ -125,9 +125,10 @@ class Monitor:
         self.control.on_enter = None
         if error is None:
             self.clock.stop()
-        self.log.line(
-            "end" if error is None else f"end by {type(error).__name__}: {error}", "info" if error is None else "error"
-        )
+        if error is None or isinstance(error, Stopped):
+            self.log.line("end" if error is None else f"end: {error}")
+        else:
+            self.log.line(f"end by {type(error).__name__}: {error}", "error")
         self._stack.close()
         self.log.close()
         for writer in self.writers:
@@ -141,6 +142,3 @@ def straggler_scalars(found: dict[str, Any]) -> dict[str, float]:
         values[f"stragglers/{phase}/rank"] = one["slowest_rank"]
         values[f"stragglers/{phase}/excess_seconds"] = one["excess_seconds"]
     return values
-
-
-__all__ = ["Monitor", "Spent"]
