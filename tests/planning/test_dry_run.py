@@ -26,7 +26,7 @@ TINY = {
 }
 
 
-def dry_runs(commands: list[list[str]], timeout: float = 240) -> list[dict[str, Any]]:
+def dry_runs(commands: list[list[str]], timeout: float = 560) -> list[dict[str, Any]]:
     """What each prints: in one process of their own, for they replace parts of torch."""
     every = [["plan", "--dry-run", "--json", *command] for command in commands]
     done = subprocess.run(
