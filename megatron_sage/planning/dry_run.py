@@ -19,7 +19,7 @@ from megatron_sage.model.config import HunyuanVideoConfig
 from megatron_sage.model.transformer import TextCondition
 from megatron_sage.parallel.traffic import CollectiveCounter
 from megatron_sage.planning.dry_run_tracker import Tracker
-from megatron_sage.planning.dry_run_world import fake_world
+from megatron_sage.planning.dry_run_world import check_world, fake_world
 from megatron_sage.planning.flops import Text
 from megatron_sage.reporting.progress import Reporter
 from megatron_sage.rollout.policy import Prompt
@@ -132,6 +132,7 @@ def dry_run(
     Raises UserError where a real run would be refused, and whatever a real run raises where shapes, groups or settings
     do not fit together.
     """
+    check_world(rank, gpus)
     transformer = HunyuanVideoConfig.from_diffusers(transformer).to_diffusers()
     _check(config, gpus, transformer)
     config = shortened(config, gpus, steps, transformer)

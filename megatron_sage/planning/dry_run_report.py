@@ -33,7 +33,7 @@ def planned(config: Config, transformer: dict[str, Any], texts: tuple[Text, Text
     config = shortened(config, found.world_size, found.steps, transformer)
     config.parallel.data = found.places["dp_size"]
     place = places_of(config, transformer)[found.places["pp_rank"]]
-    work = Workload.of(config, config.parallel.data, *texts)
+    work = dataclasses.replace(Workload.of(config, config.parallel.data, *texts), prompts=1)
     traffic: dict[str, Callable[[], Traffic]] = {
         "rollout": lambda: rollout_traffic(place, work),
         "decode": lambda: scoring_traffic(place, work),

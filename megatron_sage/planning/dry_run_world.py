@@ -55,20 +55,21 @@ class Numbers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def fake_world(rank: int, size: int, transformer: dict[str, Any]) -> Iterator[None]:
-    """Inside: this process is rank `rank` of `size`, and every tensor is without data.
-
-    Raises UserError for a rank that does not exist, and where the process has a world already.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
+def check_world(rank: int, size: int) -> None:
+    """Raises UserError for a rank that does not exist, and where the process has a world already."""
     if not 1 <= size <= MAX_RANKS:
         raise UserError(f"--gpus {size}: a dry run takes 1 to {MAX_RANKS}")
     if not 0 <= rank < size:
         raise UserError(f"--rank {rank}: must be >= 0 and < {size}, the number of GPUs")
     if dist.is_initialized():
         raise UserError("--dry-run: this process is part of a run already; start it alone, not under torchrun")
+
+
+@contextmanager
+def fake_world(rank: int, size: int, transformer: dict[str, Any]) -> Iterator[None]:
+    """Inside: this process is rank `rank` of `size`, and every tensor is without data. First: `check_world`."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
         with ExitStack() as stack:

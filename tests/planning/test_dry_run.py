@@ -26,7 +26,7 @@ TINY = {
 }
 
 
-def dry_runs(commands: list[list[str]], timeout: float = 240) -> list[dict[str, Any]]:
+def dry_runs(commands: list[list[str]], timeout: float = 560) -> list[dict[str, Any]]:
     """What each prints: in one process of their own, for they replace parts of torch."""
     every = [["plan", "--dry-run", "--json", *command] for command in commands]
     done = subprocess.run(
@@ -57,12 +57,13 @@ def compare(found: dict[str, Any], memory: float = 0.06) -> None:
 
 def test_two_ranks_of_512(tmp_path: Path) -> None:
     """First and last stage, every kind of parallelism, in a small model with a large video."""
-    video = ["video.height=256", "video.width=432", "video.frames=41", "grpo.group_size=2"]
-    shared = [model(tmp_path / "tiny", TINY), *video, "--recipe", "hv15_480p_b_sage_dual", "--gpus", "512",
-              "grpo.prompts_per_iteration=64"]  # fmt: skip
+    shared = [model(tmp_path / "tiny", TINY), "--recipe", "hv15_480p_b_sage_dual", "--gpus", "512"]
+    shared += ["video.height=256", "video.width=432", "video.frames=41"]
+    shared += ["grpo.group_size=2", "grpo.prompts_per_iteration=64"]
     first = ["--rank", "3", "parallel.tensor=2", "parallel.context=4", "parallel.pipeline=2"]
-    last = ["--rank", "511", "parallel.tensor=1", "parallel.context=8", "parallel.pipeline=4",
-            "sampler.guidance_scale=1", "grpo.updates_per_rollout=2", "parallel.context_backend=allgather", "precision.recompute=selective"]  # fmt: skip
+    last = ["--rank", "511", "parallel.tensor=1", "parallel.context=8", "parallel.pipeline=4"]
+    last += ["parallel.context_backend=allgather", "precision.recompute=selective", "sampler.guidance_scale=1"]
+    last += ["grpo.updates_per_rollout=2"]
     found = dry_runs([[*shared, *first], [*shared, *last]])
     assert [one["places"]["pp_rank"] for one in found] == [0, 3]
     assert [one["places"]["dp_size"] for one in found] == [32, 16]
@@ -86,6 +87,7 @@ def counted(arguments: list[str], processes: int) -> dict[str, int]:
     return {"bytes": {f"{op} {group}": size for (op, group), size in counter.bytes.items()}, "texts": texts}
 
 
+@pytest.mark.nightly
 def test_the_counts_of_running_ranks(tmp_path: Path) -> None:
     """The same configuration on four gloo ranks and, rank by rank, without partners: the same bytes."""
     from tests.training import world
@@ -111,7 +113,7 @@ def test_the_counts_of_running_ranks(tmp_path: Path) -> None:
 
 
 RELEASED = [
-    ("8 1 1", 0), ("8 2 1", 255), ("4 2 2", 300), ("2 4 4", 511), ("1 8 2", 129), ("4 1 8", 140), ("2 2 54", 257),
+    ("8 1 1", 0), ("8 2 1", 255), ("4 2 2", 300), ("2 4 4", 511), ("1 8 2", 129), ("4 1 8", 140), ("2 2 54", 57),
     ("16 1 4", 137),
 ]  # fmt: skip
 
@@ -123,9 +125,7 @@ def test_the_released_model_on_512_ranks(layout: str, rank: int) -> None:
     """81 frames at 480p, full width and depth: first, middle and last stages."""
     tensor, context, pipeline = layout.split()
     gpus = 432 if pipeline == "54" else 512
-    found = dry_runs(
-        [["--recipe", "hv15_480p_b_sage_dual", "--gpus", str(gpus), "--rank", str(rank), f"parallel.tensor={tensor}",
-          f"parallel.context={context}", f"parallel.pipeline={pipeline}", "grpo.group_size=2", "grpo.prompts_per_iteration=512"]],
-        timeout=1700,
-    )  # fmt: skip
+    command = ["--recipe", "hv15_480p_b_sage_dual", "--gpus", str(gpus), "--rank", str(rank), "grpo.group_size=2"]
+    command += [f"parallel.tensor={tensor}", f"parallel.context={context}", f"parallel.pipeline={pipeline}"]
+    found = dry_runs([[*command, f"grpo.prompts_per_iteration={gpus}"]], timeout=1700)
     compare(found[0], memory=0.1)

@@ -103,7 +103,7 @@ CASES = {
     "tp2-cp2": {"parallel.tensor": 2, "parallel.context": 2, "kl.step_kl": "closed_form"},
     "interleaved": {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "optimizer.distributed": True},
 }  # fmt: skip
-QUICK = ("tp2-dp2-distributed", "cp2-sharded")
+QUICK = ("tp2-dp2-distributed",)
 
 
 @pytest.mark.parametrize(
