@@ -134,7 +134,7 @@ again() {
         say "status $code: $retries starts in a row without a further iteration: not queued again"
     else
         say "status $code after $iteration iterations: to be queued again" # said first: scontrol ends this script
-        scontrol requeue "$JOB" || say "Slurm does not requeue $JOB: submit it again to go on"
+        scontrol requeue "$JOB" || say "not by this script: Slurm has done it, or may not (Requeue=0): then submit it again"
     fi
 }
 

@@ -40,7 +40,8 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=1,sched_interval=1
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=6
+SlurmdTimeout=5
+MessageTimeout=5  # a node that is gone is noticed after 15 s, after 28 s with the default of 10
 KillWait=10
 MinJobAge=3600  # what became of a job is asked long after its end
 SlurmctldPidFile={root}/slurmctld.pid

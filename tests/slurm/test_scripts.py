@@ -1,5 +1,6 @@
 """The scripts in slurm/ without Slurm: sound, printable before anything runs, and right about starting again."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -110,3 +111,20 @@ def test_a_job_is_queued_again_while_that_helps(tmp_path: Path, ends: list[tuple
     asked = (tmp_path / "asked").read_text().splitlines() if queued else []
     assert asked == ["requeue 5_3"] * queued and (tmp_path / "asked").exists() == bool(queued)
     assert done.stdout.count(": to be queued again") == queued
+
+
+@pytest.mark.parametrize(
+    ("status", "found"),
+    [
+        (None, "1 0"),  # it did not come so far
+        ({"exit_code": 75, "iteration": 4}, "75 4"),
+        ({"exit_code": None, "iteration": 7, "state": "running"}, "1 7"),  # killed from outside
+        ({"exit_code": 70, "iteration": None}, "70 0"),
+        ({"exit_code": 0, "iteration": 9}, "0 9"),
+    ],
+)
+def test_the_outcome_is_that_of_status_json(tmp_path: Path, status: dict[str, int | None] | None, found: str) -> None:
+    if status is not None:
+        (tmp_path / "status.json").write_text(json.dumps(status))
+    done = bash("-c", f"source slurm/common.sh; RUN={tmp_path}; outcome")
+    assert done.stdout.strip() == found, done.stderr
