@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `status` reads the file without the seconds that importing torch takes
     from megatron_sage.parallel.control import Control
@@ -43,9 +43,3 @@ class Heartbeat:
             os.replace(partial, self.path)
         except OSError:
             return  # the run itself says it, at its next line of metrics
-
-
-def read_heartbeat(directory: Path) -> dict[str, Any]:
-    """The content; empty where there is none."""
-    path = directory / FILE
-    return json.loads(path.read_text()) if path.exists() else {}

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from megatron_sage.errors import UserError
-from megatron_sage.monitoring.heartbeat import read_heartbeat
-from megatron_sage.training.status import FAILED, RUNNING, read_status
+from megatron_sage.monitoring.heartbeat import FILE as HEARTBEAT
 
+# What training.status writes; importing it would cost the seconds that importing torch takes.
+STATUS, RUNNING, FAILED = "status.json", "running", "failed"
 GONE_SECONDS = 60.0  # without a heartbeat, of which there is one every five seconds
 RECENT = 10  # iterations whose median is the time of one
 CHECKPOINT = "iteration_"
@@ -45,13 +46,13 @@ def examine(directory: Path, now: float, stalled_after: float | None = None) -> 
     settings = _read(directory / "config.yaml", yaml.safe_load) or {}
     training = settings.get("training") or {}
     rows = _rows(directory / "metrics.jsonl")
-    status = _read(directory / "status.json", json.loads) and read_status(directory)
+    status = _read(directory / STATUS, json.loads) or {}
     done, total = len(rows) and rows[-1]["iteration"] + 1, int(training.get("iterations", 0))
     seconds = statistics.median([row["seconds/total"] for row in rows[-RECENT:]]) if rows else None
     found: dict[str, Any] = {
         "name": settings.get("name"),
-        "state": (status or {}).get("state", "not started"),
-        "reason": (status or {}).get("reason"),
+        "state": status.get("state", "not started"),
+        "reason": status.get("reason"),
         "iteration": done,
         "iterations": total,
         "reward": rows[-1].get("reward/mean") if rows else None,
@@ -67,7 +68,7 @@ def examine(directory: Path, now: float, stalled_after: float | None = None) -> 
 
 
 def _alive(directory: Path, now: float, limit: float) -> dict[str, Any]:
-    beat = _read(directory / "heartbeat.json", json.loads) and read_heartbeat(directory)
+    beat = _read(directory / HEARTBEAT, json.loads)
     if not beat:
         return {"state": RUNNING, "place": "no heartbeat yet", "since": None}
     place = f"{beat['phase']}, micro-step {beat['step']}"

@@ -3,6 +3,8 @@
 import json
 import logging
 import struct
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -126,6 +128,14 @@ def test_status_says_whether_a_run_lives(
     assert ("ETA 44 min" in shown) == (state == "running")
     code = status.main([str(tmp_path), "--stalled-after", "1e12", "--json"])
     assert code == (1 if state in ("running", "failed") else 0), "seen from today, the process is long gone"
+
+
+def test_status_is_said_without_importing_torch(tmp_path: Path) -> None:
+    from megatron_sage.training import status as written
+
+    assert (status.STATUS, status.RUNNING, status.FAILED) == (written.FILE, written.RUNNING, written.FAILED)
+    code = "import sys, megatron_sage.monitoring.status; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_status_of_what_is_no_run_or_has_just_begun(tmp_path: Path) -> None:
