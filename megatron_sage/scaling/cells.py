@@ -49,10 +49,10 @@ class Cell:
 
 
 def grid(gpus: Sequence[int], layouts: Sequence[Layout], modes: Sequence[str]) -> list[Cell]:
-    """Every combination. With one replica weak and strong are the same cell: it is strong, and stands for both."""
+    """Every combination. With one replica (or none) weak and strong are the same: strong stands for both."""
     cells = [Cell(mode, count, layout) for mode in modes for count in gpus for layout in layouts]
     both = set(modes) == {STRONG, WEAK}
-    return [cell for cell in cells if not (both and cell.mode == WEAK and cell.data == 1)]
+    return [cell for cell in cells if not (both and cell.mode == WEAK and cell.data < 2)]
 
 
 def parse_gpus(text: str) -> list[int]:

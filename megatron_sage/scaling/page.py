@@ -71,7 +71,9 @@ def _efficiency(axes: Any, rows: Sequence[Row]) -> None:
             [row.cell.gpus for row in line], values, "o-" if status == MEASURED else "s--", label=f"{mode}, {status}"
         )
     axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=max(1.1, axes.get_ylim()[1]))
+    if len(axes.lines) > 1:
+        axes.set_xscale("log", base=2)
     _finish(axes, "efficiency of the fastest layout", "devices")
 
 

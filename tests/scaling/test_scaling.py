@@ -55,7 +55,6 @@ def test_one_replica_is_measured_once_for_both_modes() -> None:
         ("strong", 1, 2),
         ("strong", 2, 1),
         ("strong", 2, 2),
-        ("weak", 1, 2),
         ("weak", 2, 1),
     ]
 
