@@ -83,7 +83,17 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_sage", "megatron_sage.*"]),
-    package_data={"megatron_sage": ["py.typed", "**/*.html", "**/*.css", "**/*.js", "**/*.json", "**/*.txt"]},
+    package_data={
+        "megatron_sage": [
+            "py.typed",
+            "**/*.html",
+            "**/*.css",
+            "**/*.js",
+            "**/*.json",
+            "**/*.txt",
+            "planning/gpus/*.yaml",
+        ]
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-sage = megatron_sage.__main__:main"]},

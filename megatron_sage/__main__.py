@@ -31,6 +31,7 @@ COMMANDS = {
     "encode": ("megatron_sage.conditioning.command", "encode prompts and images into the cache that training reads"),
     "verify": ("megatron_sage.verify", "compare the model with diffusers' on the same weights and inputs"),
     "serve-rewards": ("megatron_sage.rewards.serving.command", "score videos for runs on other processes or hosts"),
+    "plan": ("megatron_sage.planning.command", "layouts of N GPUs: memory, time, traffic; or a dry run of one rank"),
     "recipes": ("megatron_sage.recipes", "list the named runs, or show one: recipes show NAME"),
     "figures": ("megatron_sage.figures.command", "draw the method's figures: figures NAME"),
     "study": ("megatron_sage.study.command", "compare samplers, KL strategies and schedules on the tiny world"),

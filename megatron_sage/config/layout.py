@@ -24,14 +24,14 @@ def check_world(parallel: ParallelConfig, world_size: int) -> int:
     return replicas
 
 
-def check_model_layout(parallel: ParallelConfig, heads: int, num_layers: int) -> None:
-    """Raises UserError where a model of these sizes cannot be cut like that."""
+def check_model_layout(parallel: ParallelConfig, heads: int, num_layers: int, here: bool = True) -> None:
+    """Raises UserError where a model of these sizes cannot be cut like that. `here`: this machine is to run it."""
     if heads % parallel.tensor:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise UserError(
             f"parallel.tensor={parallel.tensor}: must divide the model's {heads} attention heads; choose from {fitting}"
         )
-    _check_context(parallel, heads // parallel.tensor, heads)
+    _check_context(parallel, heads // parallel.tensor, heads, here)
     if parallel.pipeline == 1:
         for key in ("virtual_pipeline", "pipeline_layout"):
             if getattr(parallel, key) not in (None, 1):
@@ -45,7 +45,7 @@ def check_model_layout(parallel: ParallelConfig, heads: int, num_layers: int) ->
         balanced_layout(num_layers, parallel.pipeline, parallel.virtual_pipeline or 1)
 
 
-def _check_context(parallel: ParallelConfig, local_heads: int, heads: int) -> None:
+def _check_context(parallel: ParallelConfig, local_heads: int, heads: int, here: bool) -> None:
     backend, context, inner = parallel.context_backend, parallel.context, parallel.hierarchical_context
     key = f"parallel.context_backend={backend}"
     if backend in ("ulysses", "te_a2a") and local_heads % context:
@@ -68,7 +68,7 @@ def _check_context(parallel: ParallelConfig, local_heads: int, heads: int) -> No
                 f"parallel.hierarchical_context={inner}: {local_heads} heads of a tensor rank cannot be divided "
                 f"over {inner[0]} ranks; choose a divisor first"
             )
-    if backend.startswith("te_"):
+    if here and backend.startswith("te_"):
         import torch
 
         missing = [] if torch.cuda.is_available() else ["a GPU"]

@@ -12,8 +12,11 @@ def _refuse(key: str, value: Any, rule: str) -> None:
     raise UserError(f"{key}={'null' if value is None else value}: {rule}")
 
 
-def check_precision(config: Config) -> None:
-    """FP8 exists where Transformer Engine and a GPU do; without them it would silently do nothing."""
+def check_precision(config: Config, here: bool = True) -> None:
+    """FP8 exists where Transformer Engine and a GPU do; without them it would silently do nothing.
+
+    `here`: this machine is to run it.
+    """
     precision = config.precision
     for key in ("fp8_first_bf16", "fp8_last_bf16"):
         if getattr(precision, key) < 0:
@@ -26,7 +29,7 @@ def check_precision(config: Config) -> None:
     if precision.dtype != "bf16":
         rule = f"needs precision.dtype=bf16, not {precision.dtype}: what is no GEMM of a block stays in it"
         _refuse("precision.fp8", precision.fp8, rule)
-    if obstacle := fp8_obstacle(precision.fp8_recipe):
+    if here and (obstacle := fp8_obstacle(precision.fp8_recipe)):
         _refuse("precision.fp8", precision.fp8, obstacle)
 
 
@@ -69,8 +72,8 @@ def fp8_obstacle_of_device(recipe: str, capability: tuple[int, int], cuda: str) 
     return None
 
 
-def check_optimizer(config: Config) -> None:
-    """Which optimizers go together with which placement of their state."""
+def check_optimizer(config: Config, here: bool = True) -> None:
+    """Which optimizers go together with which placement of their state. `here`: this machine is to run it."""
     optimizer = config.optimizer
     if optimizer.name == "muon":
         if optimizer.distributed:
@@ -83,7 +86,7 @@ def check_optimizer(config: Config) -> None:
         _refuse("optimizer.offload", optimizer.offload, "works on distributed shards: set optimizer.distributed=true")
     if optimizer.offload_fraction != 1 and optimizer.offload != "hybrid":
         _refuse("optimizer.offload_fraction", optimizer.offload_fraction, "is of optimizer.offload=hybrid: set 1")
-    if optimizer.offload == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+    if here and optimizer.offload == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         cure = "pip install 'megatron-sage[deepspeed]', or set hybrid"
         _refuse("optimizer.offload", "deepspeed", f"the package deepspeed is not installed: {cure}")
 

@@ -110,12 +110,7 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
 
     `training=False`: only what sampling needs; its prompts may come from elsewhere, and nothing is rewarded or learnt.
     """
-    # Types again: a Config built in Python has not passed through load_config.
-    bind(Config, dataclasses.asdict(config), "", {})
-    for key, comparison, bound, cure in _BOUNDS:
-        value = _get(config, key)
-        if value is not None and not _COMPARE[comparison](value, bound):
-            _refuse(key, value, f"must be {comparison} {bound}; {cure}")
+    _check_values(config)
     _check_names(config)
     replicas = check_world(config.parallel, world_size)
     _check_video(config)
@@ -131,6 +126,33 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
     check_reward(config)
     _check_prompt_files(config)
     _check_updates(config, world_size)
+
+
+def validate_layout(config: Config, world_size: int, transformer: dict[str, Any]) -> None:
+    """The same rules for planning: without files, and without what this machine, which will not run it, lacks.
+
+    `transformer`: the model's config.json.
+    """
+    _check_values(config)
+    replicas = check_world(config.parallel, world_size)
+    _check_video(config)
+    check_precision(config, here=False)
+    check_lora(config)
+    _check_sizes(config, transformer, "transformer/config.json", here=False)
+    _check_groups(config, replicas)
+    _check_method(config)
+    check_optimizer(config, here=False)
+    check_state(config)
+    _check_updates(config, world_size)
+
+
+def _check_values(config: Config) -> None:
+    # Types again: a Config built in Python has not passed through load_config.
+    bind(Config, dataclasses.asdict(config), "", {})
+    for key, comparison, bound, cure in _BOUNDS:
+        value = _get(config, key)
+        if value is not None and not _COMPARE[comparison](value, bound):
+            _refuse(key, value, f"must be {comparison} {bound}; {cure}")
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -231,6 +253,10 @@ def _check_architecture(config: Config, path: Path) -> None:
     name = content.get("_class_name") if isinstance(content, dict) else None
     if name != ARCHITECTURE:
         raise UserError(f"{path}: _class_name={name}: this program trains {ARCHITECTURE} only")
+    _check_sizes(config, content, path)
+
+
+def _check_sizes(config: Config, content: dict[str, Any], path: str | Path, here: bool = True) -> None:
     if content.get("use_meanflow"):
         raise UserError(
             f"{path}: use_meanflow=true: the step-distilled model takes the next step's time as well, which only "
@@ -240,7 +266,7 @@ def _check_architecture(config: Config, path: Path) -> None:
     for key, value in zip(("num_attention_heads", "num_layers"), sizes, strict=True):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{path}: {key}={value}: expects a whole number >= 1")
-    check_model_layout(config.parallel, *sizes)
+    check_model_layout(config.parallel, sizes[0], sizes[1], here)
     check_fp8_blocks(config, sizes[1])
     check_lora_sizes(config, content)
 

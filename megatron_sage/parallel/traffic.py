@@ -26,6 +26,8 @@ _OPERATIONS: dict[str, tuple[str, Callable[[Sequence[Any]], int]]] = {
     "_allgather_base_": ("all_gather", lambda args: _bytes(args[0])),
     "allgather_": ("all_gather", lambda args: _bytes(args[0])),
     "_reduce_scatter_base_": ("reduce_scatter", lambda args: _bytes(args[1])),
+    "allgather_into_tensor_coalesced_": ("all_gather", lambda args: _bytes(args[0])),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", lambda args: _bytes(args[1])),
     "reduce_scatter_": ("reduce_scatter", lambda args: _bytes(args[1])),
     "alltoall_base_": ("all_to_all", lambda args: _bytes(args[1])),
     "alltoall_": ("all_to_all", lambda args: _bytes(args[1])),
@@ -51,6 +53,7 @@ class CollectiveCounter(TorchDispatchMode):
         named = {
             "world": dist.group.WORLD,
             "replica": groups.replica,
+            "dist_opt": getattr(collection, "intra_dist_opt", None),
             "dp_cp": collection.dp_cp,
             "tp_cp": collection.tp_cp,
             "mp": collection.mp,

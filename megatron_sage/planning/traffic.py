@@ -6,14 +6,14 @@ Payloads as `parallel.traffic` defines them, of one rank, by (operation, group).
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import lcm
 
-from megatron_sage.checkpoint.keymap import KeyMap
 from megatron_sage.errors import UserError
 from megatron_sage.model.config import HunyuanVideoConfig
-from megatron_sage.model.stages import TIME_EMBEDDER, owner
+from megatron_sage.model.lora_targets import AdapterSettings
 from megatron_sage.parallel.context import ALLGATHER, ULYSSES
 from megatron_sage.parallel.sequence import TokenShard
+from megatron_sage.planning.sizes import chunk_counts, part_counts
 
 Traffic = Counter[tuple[str, str]]
 MASTER = 4  # bytes of a gradient element: DDP reduces in float32
@@ -29,6 +29,9 @@ class Place:
     video_tokens: int
     batch: int
     data: int = 1
+    lora: AdapterSettings | None = None
+    distributed: bool = False
+    """Megatron's distributed optimizer."""
 
     @property
     def split(self) -> int:
@@ -67,17 +70,13 @@ def micro_batch(place: Place, texts: Sequence[int], longest: int | None = None, 
     """
     config, total = place.config, Traffic()
     stages = config.stage_blocks
-    if config.context_parallel_size > 1 and config.context_backend not in (ULYSSES, ALLGATHER):
-        raise UserError(
-            f"parallel.context_backend={config.context_backend}: its traffic is unknown; choose ulysses or allgather"
-        )
+    _check_backend(config)
     chunks = stages[place.stage]
     for text in texts:
         for chunk in chunks:
-            for index in chunk:
-                last = index == config.num_layers - 1
+            for last, count in kinds(config, chunk):
                 forward, backward = _block(place, text, last)
-                total += forward + backward + _again(place, text, last, forward)
+                total += times(forward + backward + _again(place, text, last, forward), count)
         total += _ends(place, text)
     packed = longest if longest is not None else sum(place.packed_tokens(text) for text in texts)
     crossing = packed * place.batch * config.hidden_size * place.element
@@ -94,43 +93,70 @@ def micro_batch(place: Place, texts: Sequence[int], longest: int | None = None, 
     return _counted(total)
 
 
-def update(place: Place, pairs: int) -> Traffic:
-    """What an optimizer step adds, whatever the number of its pairs is, but for a row of statistics each."""
-    config, total = place.config, Traffic()
-    keymap, stages = KeyMap.from_config(config.to_diffusers()), config.stage_blocks
-    tensor, replicas = config.tensor_model_parallel_size, place.data * config.context_parallel_size
-    for binding in keymap.bindings:
-        name = binding.ours[0]
-        copies = len(stages[0]) if name.startswith(TIME_EMBEDDER) else int(owner(name, stages) == place.stage)
-        if copies == 0 or _frozen(name, config.num_layers):
-            continue
-        elements = len(binding.ours) * prod(binding.shape_in("ours"))
-        size = MASTER * elements // (tensor if binding.split_dim is not None else 1)
-        if replicas > 1:
-            total["all_reduce", "dp_cp"] += copies * size
-        if name.startswith(TIME_EMBEDDER) and len(stages) > 1:
-            total["all_reduce", "pp"] += size
-        if tensor > 1 and _partial(name, config.sequence_parallel):
-            total["all_reduce", "tp"] += size
-    if replicas > 1:
-        total["all_reduce", "dp_cp"] += 4  # the number of pairs, int32
-    if len(stages) > 1:
-        total["broadcast", "pp"] += 4 + pairs * 10 * SCALAR
+def forward_only(place: Place, text: int) -> Traffic:
+    """One branch of a micro-batch through this rank's chunks without a gradient; what stages send is left out."""
+    total = Traffic()
+    _check_backend(place.config)
+    for chunk in place.config.stage_blocks[place.stage]:
+        for last, count in kinds(place.config, chunk):
+            total += times(_block(place, text, last)[0], count)
     return _counted(total)
 
 
-def _frozen(name: str, num_layers: int) -> bool:
-    """The last block's text parameters that nothing reads."""
-    unused = ("ff_context.", "attn.txt_proj.", "attn.txt_q_layernorm.")
-    return name.startswith(tuple(f"transformer_blocks.{num_layers - 1}.{part}" for part in unused))
+def parameter_gather(place: Place) -> Traffic:
+    """Behind a step of the distributed optimizer: the updated weights of each chunk's buffer."""
+    if not place.distributed or place.data * place.config.context_parallel_size == 1:
+        return Traffic()
+    return Traffic({("all_gather", "dp_cp"): place.element * sum(buffer_elements(place))})
 
 
-def _partial(name: str, sequence_parallel: bool) -> bool:
-    """Replicated over TP, with a gradient of this rank's heads (always) or tokens (sequence parallelism)."""
-    if "q_layernorm" in name or "k_layernorm" in name:
-        return True
-    row_bias = name.endswith(("_proj.bias", "linear_fc2.bias")) and name.startswith("transformer_blocks")
-    return sequence_parallel and (name.startswith(("x_embedder.", "proj_out.")) or row_bias)
+def buffer_elements(place: Place) -> list[int]:
+    """Of each chunk's gradient buffer: the distributed optimizer aligns parameters and cuts the buffer evenly."""
+    counts = chunk_counts(place.config, place.stage, place.lora)
+    if not place.distributed:
+        return [count.trained for count in counts]
+    multiple = lcm(place.data * place.config.context_parallel_size, 128)
+    return [-(-count.padded // multiple) * multiple for count in counts]
+
+
+def update(place: Place, pairs: int) -> Traffic:
+    """What the gradients of an optimizer step add, whatever the number of its pairs, but for a row of statistics each.
+
+    The step itself: `parameter_gather`.
+    """
+    config, total = place.config, Traffic()
+    stages, replicas = config.stage_blocks, place.data * config.context_parallel_size
+    if replicas > 1:
+        operation = "reduce_scatter" if place.distributed else "all_reduce"
+        total[operation, "dp_cp"] += MASTER * sum(buffer_elements(place))
+        total["all_reduce", "dp_cp"] += 4  # the number of pairs, int32
+    if len(stages) > 1:
+        total["broadcast", "pp"] += 4 + pairs * 10 * SCALAR
+    counts = chunk_counts(config, place.stage, place.lora)
+    if len(stages) > 1:
+        total["all_reduce", "pp"] += MASTER * part_counts(config, place.lora)["time"].trained
+    if config.tensor_model_parallel_size > 1:
+        copies = sum(count.norms + (count.local if config.sequence_parallel else 0) for count in counts)
+        total["all_reduce", "tp"] += MASTER * copies
+    return _counted(total)
+
+
+def _check_backend(config: HunyuanVideoConfig) -> None:
+    if config.context_parallel_size > 1 and config.context_backend not in (ULYSSES, ALLGATHER):
+        raise UserError(
+            f"parallel.context_backend={config.context_backend}: its traffic is unknown; choose ulysses or allgather"
+        )
+
+
+def kinds(config: HunyuanVideoConfig, blocks: range) -> list[tuple[bool, int]]:
+    """(whether it is the last block, how many there are): all others are alike."""
+    last = config.num_layers - 1 in blocks
+    return [(False, len(blocks) - last), (True, int(last))]
+
+
+def times(traffic: Traffic, factor: float) -> Traffic:
+    """Of so many."""
+    return Counter({key: round(value * factor) for key, value in traffic.items()})
 
 
 def _block(place: Place, text: int, last: bool) -> tuple[Traffic, Traffic]:
@@ -147,7 +173,8 @@ def _block(place: Place, text: int, last: bool) -> tuple[Traffic, Traffic]:
     if config.sequence_parallel:
         forward["all_gather", "tp"] += columns
         forward["reduce_scatter", "tp"] += rows
-        backward["all_gather", "tp"] += columns + rows  # inputs once more for the weights' gradients
+        # inputs once more for the weights' gradients, which frozen ones do not have
+        backward["all_gather", "tp"] += rows + (columns if place.lora is None else 0)
         backward["reduce_scatter", "tp"] += columns + modulation
     else:
         forward["all_reduce", "tp"] += rows

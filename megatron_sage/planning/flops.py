@@ -1,0 +1,171 @@
+"""Floating-point operations of a forward and its backward, 2 for each multiply-add, on one rank.
+
+GEMMs are exact (tests compare with torch's FlopCounterMode); attention is analytic: 4 · queries · keys · width forward,
+twice that backward for the model, 2.5 times for a fused kernel, which makes the scores once more. Norms, activations
+and sums are not counted.
+"""
+
+from dataclasses import dataclass
+
+from megatron_sage.model.config import BYT5_INNER_WIDTH, HunyuanVideoConfig
+from megatron_sage.model.embeddings import SINUSOID_WIDTH
+from megatron_sage.parallel.context import ULYSSES
+from megatron_sage.parallel.sequence import TokenShard
+from megatron_sage.planning.traffic import Place
+
+FUSED_BACKWARD = 2.5  # of the forward: a fused attention's backward, the scores made again
+
+
+@dataclass(frozen=True)
+class Text:
+    """Valid tokens of one branch's text."""
+
+    qwen: int
+    glyph: int = 0
+    image: int = 0
+
+    @property
+    def total(self) -> int:
+        """Tokens in the text stream."""
+        return self.qwen + self.glyph + self.image
+
+
+@dataclass(frozen=True)
+class Flops:
+    """By what runs them: the blocks' GEMMs over tokens (FP8 where that is on), attention, all other GEMMs."""
+
+    blocks: float = 0.0
+    attention: float = 0.0
+    rest: float = 0.0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.blocks + other.blocks, self.attention + other.attention, self.rest + other.rest)
+
+    def times(self, factor: float) -> "Flops":
+        """Of so many."""
+        return Flops(self.blocks * factor, self.attention * factor, self.rest * factor)
+
+    @property
+    def gemm(self) -> float:
+        """All but attention."""
+        return self.blocks + self.rest
+
+    @property
+    def total(self) -> float:
+        """All."""
+        return self.gemm + self.attention
+
+
+@dataclass(frozen=True)
+class StageFlops:
+    """One branch of one micro-batch through the chunks of a rank."""
+
+    forward: Flops
+    backward: Flops
+    """What the gradient needs; attention's scores are not counted again."""
+    again: Flops
+    """What the backward repeats: recomputation, and attention's scores."""
+
+
+def model_forward(transformer: HunyuanVideoConfig, video_tokens: int, text: Text) -> Flops:
+    """One forward of one video through the whole model; no layout repeats or pads anything."""
+    plain = HunyuanVideoConfig.from_diffusers(transformer.to_diffusers())
+    return stage_flops(Place(plain, 0, video_tokens, 1), text).forward
+
+
+def stage_flops(
+    place: Place, text: Text, context_rank: int = 0, tensor_rank: int = 0, adapters: bool = False
+) -> StageFlops:
+    """Of a rank of `place`'s stage; of all ranks the first ones have most real tokens.
+
+    `adapters`: the blocks' own weights are frozen, so their gradients are not computed; the adapters themselves, a
+    thousandth, are not counted.
+    """
+    config = place.config
+    forward, backward, again = Flops(), Flops(), Flops()
+    stages = config.stage_blocks
+    for number, blocks in enumerate(stages[place.stage]):
+        virtual = number * len(stages) + place.stage
+        for index in blocks:
+            block, mlp = _block(place, text, context_rank, index == config.num_layers - 1)
+            forward += block
+            factor = 1 if adapters else 2
+            backward += Flops(block.blocks * factor, block.attention * 2, block.rest * factor)
+            again += Flops(attention=block.attention * (FUSED_BACKWARD - 2))
+            again += _recomputed(config, block, mlp)
+        token_rank = context_rank * place.split + tensor_rank % place.split
+        ends, ends_backward, repeated = _ends(place, text, virtual, token_rank)
+        forward += ends
+        if not adapters:
+            backward += ends_backward
+            again += repeated
+    return StageFlops(forward, backward, again)
+
+
+def _block(place: Place, text: Text, context_rank: int, last: bool) -> tuple[Flops, float]:
+    """Forward of one block, and the part of it that is the MLPs' GEMMs."""
+    config, batch = place.config, place.batch
+    hidden, tensor, context = config.hidden_size, config.tensor_model_parallel_size, config.context_parallel_size
+    rows, words = place.context_tokens * batch, place.text_tokens(text.total) * batch
+    through = 0 if last else words  # the last block's text ends behind its keys and values
+    qkv = 2 * (rows + words) * hidden * 3 * hidden
+    projection = 2 * (rows + through) * hidden * hidden
+    mlp = 2 * (rows + through) * 2 * hidden * config.ffn_hidden_size
+    modulation = 2 * 2 * batch * hidden * 6 * hidden
+    shard = TokenShard(place.video_tokens, context, context_rank, place.split * config.fp8_alignment)
+    keys = place.video_tokens + text.total
+    answered = 0 if last else text.total
+    if context > 1 and config.context_backend == ULYSSES:
+        scores = (place.video_tokens + answered) * keys / context
+    else:
+        scores = (shard.valid + answered) * keys
+    attention = 4 * batch * scores * hidden
+    found = Flops((qkv + projection + mlp) / tensor, attention / tensor, modulation / tensor)
+    return found, mlp / tensor
+
+
+def _recomputed(config: HunyuanVideoConfig, block: Flops, mlp: float) -> Flops:
+    if config.recompute_granularity == "full":
+        return block
+    modules = config.recompute_modules or () if config.recompute_granularity == "selective" else ()
+    return Flops(mlp if "mlp" in modules else 0, block.attention if "core_attn" in modules else 0)
+
+
+def _ends(place: Place, text: Text, virtual: int, token_rank: int) -> tuple[Flops, Flops, Flops]:
+    """(forward, backward, repeated in the backward) of what is no block; it is whole on every TP and CP rank.
+
+    Where an input wants no gradient (latents, embeddings, sinusoids) its linear's backward is one GEMM, not two.
+    """
+    config, batch, hidden = place.config, place.batch, place.config.hidden_size
+    stages = config.stage_blocks
+    sinusoid, square = 2 * batch * SINUSOID_WIDTH * hidden, 2 * batch * hidden * hidden
+    count = 2 if config.use_meanflow else 1
+    forward, backward = count * (sinusoid + square), count * (sinusoid + 2 * square)
+    attention = repeated = 0.0
+    if virtual == 0:
+        tokens = place.context_tokens // place.split * batch
+        patches = 2 * tokens * config.in_channels * hidden
+        leaves = sinusoid + 2 * batch * config.text_embed_dim * hidden * (1 + text.qwen)
+        inner = 2 * square + config.num_refiner_layers * _refiner_layer(batch, text.qwen, hidden)
+        glyph = text.glyph * (config.text_embed_2_dim + BYT5_INNER_WIDTH + hidden) * BYT5_INNER_WIDTH
+        image = text.image * (config.image_embed_dim + hidden) * config.image_embed_dim
+        inner += 2 * batch * (glyph + image)
+        forward += patches + leaves + inner
+        backward += patches + leaves + 2 * inner
+        attention = config.num_refiner_layers * 4.0 * batch * text.qwen**2 * hidden
+        repeated = leaves + inner
+        if text.glyph and not text.image:  # torch stops where nothing more is kept: before the glyphs' last linear
+            repeated -= 2 * batch * text.glyph * BYT5_INNER_WIDTH * hidden
+    if virtual == len(stages) * len(stages[0]) - 1:
+        parts = config.context_parallel_size * place.split
+        valid = TokenShard(place.video_tokens, parts, token_rank, config.fp8_alignment).valid
+        last = 2 * square + 2 * valid * batch * hidden * config.out_channels
+        forward += last
+        backward += 2 * last
+    again = Flops(attention=attention * (FUSED_BACKWARD - 1), rest=repeated)
+    return Flops(0.0, attention, forward), Flops(0.0, 2 * attention, backward), again
+
+
+def _refiner_layer(batch: int, tokens: int, hidden: int) -> int:
+    """q, k, v, out, an MLP of ratio 4, two gates."""
+    return 2 * batch * (tokens * 12 * hidden**2 + 2 * hidden**2)
