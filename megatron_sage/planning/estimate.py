@@ -23,7 +23,6 @@ from megatron_sage.planning.workload import (
     training_traffic,
 )
 
-
 TILES = (1 / 0.75) ** 2  # how often a pixel is decoded where tiles overlap by a quarter
 
 
