@@ -276,15 +276,15 @@ def _check_architecture(config: Config, path: Path) -> None:
     name = content.get("_class_name") if isinstance(content, dict) else None
     if name != ARCHITECTURE:
         raise UserError(f"{path}: _class_name={name}: this program trains {ARCHITECTURE} only")
+    _check_sizes(config, content, path)
+
+
+def _check_sizes(config: Config, content: dict[str, Any], path: str | Path, here: bool = True) -> None:
     if content.get("use_meanflow"):
         raise UserError(
             f"{path}: use_meanflow=true: the step-distilled model takes the next step's time as well, which only "
             "`convert` and `verify` support; name the base model"
         )
-    _check_sizes(config, content, path)
-
-
-def _check_sizes(config: Config, content: dict[str, Any], path: str | Path, here: bool = True) -> None:
     sizes = [content.get("num_attention_heads"), content.get("num_layers", 54)]  # diffusers' default
     for key, value in zip(("num_attention_heads", "num_layers"), sizes, strict=True):
         if not isinstance(value, int) or value < 1:

@@ -196,6 +196,7 @@ def _shortened(config: Config, gpus: int, steps: int) -> Config:
     window = config.sampler.sde_window
     if window.size is not None:
         window.size, window.start = min(window.size, config.sampler.num_steps), 0
+    config.reward.url = config.reward.overlap_groups = None
     config.data.prompts, config.evaluation.prompts = "", None
     config.model.pretrained = config.model.pretrained or "none"
     config.model.weights = config.model.weights or "none"

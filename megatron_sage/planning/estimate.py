@@ -23,6 +23,8 @@ from megatron_sage.planning.workload import (
     training_traffic,
 )
 
+TILES = (1 / 0.75) ** 2  # how often a pixel is decoded where tiles overlap by a quarter
+
 
 @dataclass
 class Phase:
@@ -144,6 +146,8 @@ class _Rank:
     def decode(self) -> Phase:
         video = self.config.video
         flops = self.gpu.assumptions.decode_flops_per_pixel * video.frames * video.height * video.width * self.videos
+        if self.config.vae.tiling:
+            flops *= TILES
         traffic = scoring_traffic(self.place, self.work)
         return self.phase(self.computing(Flops(rest=flops)) + self.sending(traffic), flops, traffic)
 

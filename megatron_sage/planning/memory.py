@@ -50,7 +50,7 @@ def rank_memory(config: Config, place: Place, work: Workload, assumed: Assumptio
     _optimizer(config, place, counts, memory)
     _references(config, place, work, counts, memory)
     memory.device["text_embeddings"] = work.prompts * _embedding_bytes(place, work)
-    memory.device["vae"] = VAE_PARAMETERS * place.element
+    memory.device["vae"] = VAE_PARAMETERS * {"auto": place.element, "fp32": 4}.get(config.vae.dtype, 2)
     memory.device["reward_model"] = assumed.reward_model_bytes
     trajectories = _trajectories(config, place, work)
     if config.sampler.offload_trajectories:

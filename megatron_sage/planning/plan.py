@@ -192,6 +192,8 @@ def _notes(config: Config) -> list[str]:
         "seconds are computed from data sheets and the assumptions; nothing was measured on a GPU",
         "not included: loading, text encoding, the noise floor of the first iteration, evaluation",
     ]
+    if config.reward.url is not None:
+        notes.append("reward.url: rewards are counted as if they were on the run's own ranks, one after the other")
     if config.precision.fp8 != "none":
         notes.append("fp8: activations and gathered inputs are counted as bf16, an upper bound")
     if config.lora.rank is not None:

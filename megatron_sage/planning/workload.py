@@ -130,7 +130,7 @@ class Workload:
 def _prompts(config: Config) -> int:
     """Lines of the prompt files where they are at hand, else what one iteration takes."""
     files = [Path(name) for name in (config.data.prompts, config.evaluation.prompts) if name]
-    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files if path.is_file())
+    lines = sum(path.read_bytes().count(b"\n") for path in files if path.suffix != ".parquet" and path.is_file())
     return max(lines, config.grpo.prompts_per_iteration)
 
 
