@@ -1,5 +1,6 @@
 """logs/rank_0000.log: what one rank did and when, for when a run of many ranks ended and nobody saw it."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -61,7 +62,10 @@ class RankLog:
 
     def close(self) -> None:
         """No further lines."""
-        self._file.close()
+        with contextlib.suppress(
+            OSError
+        ):  # lines that a full disk did not take: the run's own error must stay the reason
+            self._file.close()
 
 
 class _Handler(logging.Handler):
