@@ -36,6 +36,8 @@ COMMANDS = {
     "figures": ("megatron_sage.figures.command", "draw the method's figures: figures NAME"),
     "study": ("megatron_sage.study.command", "compare samplers, KL strategies and schedules on the tiny world"),
     "report": ("megatron_sage.reporting.report", "write a run's report.html"),
+    "scaling": ("megatron_sage.scaling.command", "measure a run on more and more devices: scaling CONFIG --out DIR"),
+    "status": ("megatron_sage.monitoring.status", "say in one line how a run is: status RUN_DIR"),
     "doctor": ("megatron_sage.doctor", "say what this machine has and what will be used"),
 }
 

@@ -1,6 +1,8 @@
-"""`megatron-sage doctor`: what this machine has, what will be used, and whether the pieces work together.
+"""`megatron-sage doctor [CONFIG | DIRECTORY] [key=value ...]`: what a run needs, and whether it is here.
 
-Exit status 1, and a line that names the piece and the cure, where something that a run needs is missing or too old.
+Without arguments the machine; with a configuration its rules, files and disk as well; with a directory its weights;
+under torchrun the collectives of all ranks. Exit status 1, and a line that names the piece and the cure, where
+something would stop a run; warnings alone are status 0.
 """
 
 import argparse
@@ -9,19 +11,21 @@ import importlib
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-GIB = 2**30
+from megatron_sage.diagnosis.asked import given, on_all_ranks
+from megatron_sage.diagnosis.finding import GIB, Finding
+from megatron_sage.diagnosis.versions import against_lock
+
 # Checked by name where the package runs from a source tree that pip never installed, so that no ranges are recorded.
 _REQUIRED = (
     "torch megatron-core einops psutil diffusers transformers accelerate safetensors huggingface-hub "
@@ -31,82 +35,81 @@ _ABSENT = "not installed"
 _SYMBOLS = {"ok": "✓", "optional": "·", "warning": "!", "failed": "✗"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One line of the report. status: ok, optional (absent, not needed), warning, failed (a run cannot work)."""
-
-    section: str
-    name: str
-    status: str
-    detail: str
-
-
 def main(argv: list[str]) -> int:
     """Prints the findings as text or, with --json, as a list of objects; 0 where a run can work, else 1."""
+    options = _parser().parse_intermixed_args(argv)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    found = on_all_ranks(options, _examine) if world_size > 1 else _examine(options)
+    return _print(found, options.json) if os.environ.get("RANK", "0") == "0" else int(_failed(list(found)) != [])
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="megatron-sage doctor", description="What this machine has and what will be used."
+        prog="megatron-sage doctor",
+        description="What this machine has and what will be used; with CONFIG also every rule of a run, its weights "
+        "and its disk. Exit status: 0 all is well or only warnings, 1 something would stop a run.",
+        epilog="All ranks: torchrun --nproc-per-node 8 -m megatron_sage doctor run.yaml parallel.tensor=8",
     )
     parser.add_argument("--json", action="store_true", help="machine-readable output")
-    options = parser.parse_args(argv)
+    parser.add_argument("--recipe", metavar="NAME", help="a named run instead of, or under, CONFIG")
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks of the run; default: what the layout needs")
+    parser.add_argument("--seconds", type=float, default=10.0, help="how long the collectives are tried (10)")
+    parser.add_argument("settings", metavar="CONFIG|DIRECTORY key=value", nargs="*",
+                        help="a run's YAML file and overrides, or a model's directory")  # fmt: skip
+    return parser
+
+
+def _print(found: Iterable[Finding], as_json: bool) -> int:
     findings: list[Finding] = []
     section = ""
-    for finding in _examine():
+    for finding in found:
         findings.append(finding)
-        if not options.json:
+        if not as_json:
             if finding.section != section:
                 section = finding.section
                 print(f"{section}")
             print(f"  {_SYMBOLS[finding.status]} {finding.name:<22} {finding.detail}", flush=True)
-    failed = [finding for finding in findings if finding.status == "failed"]
-    if options.json:
+    failed = _failed(findings)
+    if as_json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     for finding in failed:
         print(f"error: {finding.name}: {finding.detail}", file=sys.stderr)
-    if not options.json and not failed:
+    if not as_json and not failed:
         print("Everything that a run needs is here.")
     return 1 if failed else 0
 
 
-def _examine() -> Iterator[Finding]:
-    yield from _machine()
+def _failed(findings: list[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.status == "failed"]
+
+
+def _examine(options: argparse.Namespace) -> Iterator[Finding]:
+    from megatron_sage.diagnosis import machine
+
+    world_size = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    devices = machine.rdma_devices()
+    yield from machine.machine()
+    yield from machine.files_and_locks(world_size, bool(devices))
     packages = list(_packages())
     yield from packages
     absent = {finding.name for finding in packages if finding.detail.startswith(_ABSENT)}
     if "torch" not in absent:
         yield from _torch()
+        yield from machine.gpu_software()
+        gpus = _gpus()
+        yield from machine.rdma(gpus, devices)
+        yield from machine.shared_memory(gpus)
         yield from _optional()
     if not absent:  # otherwise the imports below would fail for the reason that is already told
         yield from _choices()
         yield from _self_checks()
+        yield from given(options.settings, options.recipe, options.world_size)
 
 
-def _machine() -> Iterator[Finding]:
-    section = "machine"
-    fits = (3, 11) <= sys.version_info[:2] < (3, 13)
-    cure = "" if fits else "; 3.11 or 3.12 is needed"
-    yield Finding(
-        section, "python", "ok" if fits else "failed", f"{platform.python_version()} ({sys.executable}){cure}"
-    )
-    yield Finding(section, "system", "ok", f"{platform.system()} {platform.release()} {platform.machine()}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = os.environ.get("OMP_NUM_THREADS", "not set")
-    yield Finding(section, "processor", "ok", f"{cores} cores for this process, OMP_NUM_THREADS {threads}")
-    if importlib.util.find_spec("psutil"):
-        import psutil
+def _gpus() -> int:
+    import torch
 
-        memory = psutil.virtual_memory()
-        limit = _container_limit()
-        bound = f", container limit {limit / GIB:.1f} GiB" if limit and limit < memory.total else ""
-        detail = f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available{bound}"
-        yield Finding(section, "memory", "ok", detail)
-    yield Finding(section, "disk", "ok", f"{shutil.disk_usage('.').free / GIB:.1f} GiB free here")
-
-
-def _container_limit() -> int | None:
-    """The control group's memory limit in bytes, which the machine's total does not show."""
-    path = Path("/sys/fs/cgroup/memory.max")
-    text = path.read_text().strip() if path.is_file() else "max"
-    return int(text) if text.isdigit() else None
+    return torch.cuda.device_count()
 
 
 def _packages() -> Iterator[Finding]:
@@ -126,6 +129,7 @@ def _packages() -> Iterator[Finding]:
             yield Finding("packages", requirement.name, "failed", cure)
         else:
             yield Finding("packages", requirement.name, "ok", found)
+    yield from against_lock(_version)
 
 
 def _version(distribution: str) -> str | None:
@@ -189,6 +193,7 @@ def _optional() -> Iterator[Finding]:
     for distribution, extra in (
         ("deepspeed", "deepspeed"),
         ("nvidia-dali-cuda130", "dali"),
+        ("wandb", "wandb"),
         ("ray", "rewards"),
         ("pyarrow", "parquet"),
     ):
@@ -242,6 +247,8 @@ def _fp8() -> Finding:
 
 def _self_checks() -> Iterator[Finding]:
     checks: list[tuple[str, Callable[[], str]]] = [("all_reduce", _check_all_reduce), ("video", _check_video)]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # all ranks are tried instead
+        del checks[0]
     for name, check in checks:
         start = time.perf_counter()
         try:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The same configuration on 1, 2, 4, ... nodes of one job, one size after the other: how throughput scales.
 #
-#   sbatch slurm/scaling_study.sh run.yaml [key=value ...]     in the repository's root
+#   sbatch slurm/scaling_study.sh run.yaml [--layouts ...] [key=value ...]     in the repository's root
 #   DRYRUN=1 bash slurm/scaling_study.sh run.yaml              print what would run
 #SBATCH --job-name=sage_scaling
 #SBATCH --nodes=8                # the largest size
@@ -21,7 +21,7 @@ shift
 prepare
 failed=
 for ((nodes = 1; nodes <= NODES; nodes *= 2)); do
-    launch "$nodes" scaling "$config" --out "runs/scaling/${SLURM_JOB_ID:-JOB}/gpus_$((nodes * RANKS))" "$@"
+    launch "$nodes" scaling "$config" --out "runs/scaling/${SLURM_JOB_ID:-JOB}" "$@"
     printf '[slurm] %s\n' "$(printf '%q ' "${LAUNCH[@]}")"
     [[ -n ${DRYRUN:-} ]] || "${LAUNCH[@]}" || failed+=" $((nodes * RANKS))"
 done

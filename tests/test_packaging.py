@@ -66,7 +66,7 @@ def test_torch_pin_fits_the_range():
 
 
 def test_extras_are_there():
-    assert set(declared()) == {"core", "gpu", "deepspeed", "dali", "parquet", "rewards", "dev"}
+    assert set(declared()) == {"core", "gpu", "deepspeed", "dali", "parquet", "rewards", "dev", "wandb"}
     everything = [canonicalize_name(r.name) for group in declared().values() for r in group]
     assert not {"apex", "torchvision", "torchaudio"} & set(everything), "apex on PyPI is not NVIDIA's"
 

@@ -81,7 +81,7 @@ class SafetensorsDirectory:
         """The tensor, or its (dim, start, stop) slice: a view of the mapped file, so copy what is to be kept."""
         path = self._file_of[name]
         if self._open is None or self._open[0] != path or self._bytes_read > REMAP_AFTER_BYTES:
-            self._open, self._bytes_read = (path, _open(path)), 0
+            self._open, self._bytes_read = (path, open_file(path)), 0
         handle = self._open[1]
         if bounds is None:
             tensor = handle.get_tensor(name)
@@ -110,7 +110,7 @@ class SafetensorsDirectory:
                 raise UserError(f"{path}: holds {name!r}, which {index.name} does not list here")
 
     def _scan_file(self, path: Path) -> set[str]:
-        handle = _open(path)
+        handle = open_file(path)
         names = set(handle.keys())
         for name in names:
             described = handle.get_slice(name)
@@ -193,7 +193,8 @@ class SafetensorsWriter:
         self._file.write(data.numpy().data)
 
 
-def _open(path: Path) -> Any:
+def open_file(path: Path) -> Any:
+    """A safetensors file, its header checked; UserError says what is cut off."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

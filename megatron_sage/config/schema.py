@@ -247,6 +247,17 @@ class EvaluationConfig:
 
 
 @dataclass
+class LoggingConfig:
+    """Where a run's numbers go besides its own files."""
+
+    tensorboard: bool = False  # event files in output_dir/tensorboard (ours)
+    wandb: dict[str, Any] | None = None  # Weights & Biases, e.g. {project: sage}; also entity, name, group, job_type,
+    # notes, tags; null: not used. Extra `wandb` (ours)
+    wandb_mode: Literal["offline", "online"] = "offline"  # offline: files in output_dir/wandb, for `wandb sync` (ours)
+    peak_tflops: float | None = None  # dense bf16 peak of one device, for MFU; null: the data sheet's of a known GPU
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -268,6 +279,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
 LAMBDA_MAX = {"fixed": 1e-5, "two_stage": 1e-5, "milder": 1e-6}  # of each schedule, where kl.lambda_max is null

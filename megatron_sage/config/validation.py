@@ -9,11 +9,13 @@ import json
 import operator
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_sage.config.layout import check_model_layout, check_schedule, check_world
 from megatron_sage.config.loading import bind
+from megatron_sage.config.logging_rules import check_logging
 from megatron_sage.config.reward_rules import check_reward
 from megatron_sage.config.schema import Config, lambda_max
 from megatron_sage.config.state_rules import (
@@ -102,6 +104,7 @@ _BOUNDS: list[tuple[str, str, float, str]] = [
     ("evaluation.samples_per_prompt", ">=", 1, "evaluation.prompts=null switches evaluation off"),
     ("evaluation.num_steps", ">=", 1, "40 is the usual number"),
     ("evaluation.videos", ">=", 0, "0 shows none"),
+    ("logging.peak_tflops", ">", 0, "null takes a known GPU's data sheet"),
 ]
 
 
@@ -110,22 +113,34 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
 
     `training=False`: only what sampling needs; its prompts may come from elsewhere, and nothing is rewarded or learnt.
     """
-    _check_values(config)
-    _check_names(config)
-    replicas = check_world(config.parallel, world_size)
-    _check_video(config)
-    check_precision(config)
-    check_lora(config)
-    _check_files(config)
+    for rule, _ in rules(config, world_size, training):
+        rule()
+
+
+def rules(config: Config, world_size: int, training: bool = True) -> list[tuple[Callable[[], object], bool]]:
+    """All rules in their order, each raising UserError; True: where any so far is broken, the rest cannot be judged."""
+    found: list[tuple[Callable[[], object], bool]] = [
+        (lambda: _check_types(config), True),
+        *((partial(_check_bound, config, *bound), False) for bound in _BOUNDS),
+        (lambda: _check_names(config), False),
+        (lambda: check_world(config.parallel, world_size), True),
+        (lambda: _check_video(config), False),
+        (lambda: check_precision(config), False),
+        (lambda: check_lora(config), False),
+        (lambda: _check_files(config), False),
+    ]
     if not training:
-        return
-    _check_groups(config, replicas)
-    _check_method(config)
-    check_optimizer(config)
-    check_state(config)
-    check_reward(config)
-    _check_prompt_files(config)
-    _check_updates(config, world_size)
+        return found
+    return found + [
+        (lambda: _check_groups(config, data_parallel_size(config, world_size)), True),
+        (lambda: _check_method(config), False),
+        (lambda: check_optimizer(config), False),
+        (lambda: check_state(config), False),
+        (lambda: check_reward(config), False),
+        (lambda: check_logging(config), False),
+        (lambda: _check_prompt_files(config), False),
+        (lambda: _check_updates(config, world_size), False),
+    ]
 
 
 def validate_layout(config: Config, world_size: int, transformer: dict[str, Any]) -> None:
@@ -147,12 +162,20 @@ def validate_layout(config: Config, world_size: int, transformer: dict[str, Any]
 
 
 def _check_values(config: Config) -> None:
-    # Types again: a Config built in Python has not passed through load_config.
+    _check_types(config)
+    for bound in _BOUNDS:
+        _check_bound(config, *bound)
+
+
+def _check_types(config: Config) -> None:
+    """Again: a Config built in Python has not passed through load_config."""
     bind(Config, dataclasses.asdict(config), "", {})
-    for key, comparison, bound, cure in _BOUNDS:
-        value = _get(config, key)
-        if value is not None and not _COMPARE[comparison](value, bound):
-            _refuse(key, value, f"must be {comparison} {bound}; {cure}")
+
+
+def _check_bound(config: Config, key: str, comparison: str, bound: Any, cure: str) -> None:
+    value = _get(config, key)
+    if value is not None and not _COMPARE[comparison](value, bound):
+        _refuse(key, value, f"must be {comparison} {bound}; {cure}")
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:

@@ -9,6 +9,7 @@ The agreements are all-reduces of one int32 in host memory, over gloo groups of 
 no other collective can get between.
 """
 
+from collections.abc import Callable
 from datetime import timedelta
 
 import numpy as np
@@ -46,6 +47,7 @@ class Control:
         self.signal = 0  # number of the stop signal; 0: none
         self.hold = False  # the iteration has updated the weights: it is finished, for there is no state in between
         self.phase, self.iteration, self.step = "load", 0, 0
+        self.on_enter: Callable[[str], None] | None = None  # told of every phase that begins, by the main thread
         self.total = 0  # micro-steps and phases begun since the start: a number that grows while there is progress
 
     def begin(self, iteration: int) -> None:
@@ -56,6 +58,8 @@ class Control:
         """What the rank does from now on."""
         self.phase, self.step = phase, 0
         self.total += 1
+        if self.on_enter is not None:
+            self.on_enter(phase)
 
     def micro_step(self, reference: bool = False) -> bool:
         """Before each micro-step: whether to compute it. The same answer on all ranks of a stage.

@@ -20,6 +20,7 @@ from megatron_sage.engine import (
 )
 from megatron_sage.errors import UserError
 from megatron_sage.model.lora_targets import is_adapter
+from megatron_sage.monitoring.monitor import Monitor
 from megatron_sage.parallel import groups as process_groups
 from megatron_sage.parallel.context import choose_backend
 from megatron_sage.parallel.control import Stopped
@@ -50,14 +51,16 @@ def train(config: Config) -> int:
     groups = initialize_groups(config)
     reporter = Reporter(groups.rank == 0)
     _start_directory(Path(config.output_dir), config, groups)
-    with Supervision(config, groups) as supervision:
-        _train(config, groups, reporter, supervision)
+    with Supervision(config, groups) as supervision, Monitor(config, groups, supervision.control, reporter) as monitor:
+        _train(config, groups, reporter, supervision, monitor)
     # Not in a `finally`: the command line prints an error of one rank alone only while the groups still exist.
     process_groups.shutdown()
     return supervision.exit_code
 
 
-def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, supervision: Supervision) -> None:
+def _train(
+    config: Config, groups: process_groups.Groups, reporter: Reporter, supervision: Supervision, monitor: Monitor
+) -> None:
     main = groups.rank == 0
     directory = Path(config.output_dir)
     data, held_out_data = _read_data(config, groups, reporter)
@@ -81,6 +84,7 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
     log = MetricsLog(directory / "metrics.jsonl", main, trainer.iteration)
     references = MetricsLog(directory / "references.jsonl", main and bool(trainer.reference.kinds), trainer.iteration)
     _say_layout(config, engine, reporter)
+    monitor.start(trainer)
     try:
         calibrate(engine, trainer.prompts)
         if validation and trainer.iteration == 0:
@@ -89,7 +93,7 @@ def _train(config: Config, groups: process_groups.Groups, reporter: Reporter, su
             if main:
                 reporter.line(f"{directory / 'evaluation.json'}: {describe_evaluation(directory)}")
             return
-        _iterate(config, state, store, log, references, reporter, supervision)
+        _iterate(config, state, store, log, references, supervision, monitor)
         if groups.pp_size > 1:
             write_schedule(trainer.schedule, groups.pp, directory)
         if validation:
@@ -172,8 +176,8 @@ def _iterate(
     store: CheckpointStore,
     log: MetricsLog,
     references: MetricsLog,
-    reporter: Reporter,
     supervision: Supervision,
+    monitor: Monitor,
 ) -> None:
     """All iterations, each with its line of metrics; a checkpoint at the end and every `save_interval`.
 
@@ -185,7 +189,8 @@ def _iterate(
         row, stop = trainer.run_iteration()
         log.write({"iteration": number} | row)
         references.write({"iteration": number} | trainer.reference.used)
-        reporter.line(_line(number, config.training.iterations, row))
+        monitor.iteration(number, row)
+        monitor.reporter.line(_line(number, config.training.iterations, row))
         due = config.training.save_interval and trainer.iteration % config.training.save_interval == 0
         if due or stop or trainer.iteration == config.training.iterations:
             supervision.control.enter("save")

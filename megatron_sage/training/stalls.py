@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import NamedTuple
 
+TIMED = "/megatron_sage/parallel/waiting.py"  # its wrapper around every wait
 # Where the main thread's innermost frame is while it waits for another rank. A GPU's collectives are waited for where
 # a number is read (`.item()`): there this does not tell, the agreements of `parallel.control` do.
 WAITING_FILES = (
     "/torch/distributed/",
+    TIMED,
     "/megatron_sage/parallel/pipeline.py",
     "/pipeline_parallel/p2p_communication.py",
     "/distributed/param_and_grad_buffer.py",
@@ -41,7 +43,7 @@ def place(frame: FrameType | None) -> tuple[str, bool]:
         return "no main thread", False
     inner = frame.f_code
     waits = any(part in inner.co_filename for part in WAITING_FILES)
-    while frame.f_back is not None and "/torch/" in frame.f_code.co_filename:
+    while frame.f_back is not None and ("/torch/" in frame.f_code.co_filename or TIMED in frame.f_code.co_filename):
         frame = frame.f_back
     code = frame.f_code
     file = "/".join(code.co_filename.split("/")[-2:])

@@ -71,6 +71,7 @@ class Trainer:
         self.optimizer_steps = 0
         self.noise_floor: NoiseFloor | None = None  # measured in the first iteration of every process
         self._seconds: dict[str, float] = {}
+        self.flown: list[Prompt] = []  # the prompt of each micro-batch of the last rollout, on this replica
         self._skipped = 0  # updates of the iteration whose gradients were not finite
         self.schedule = Occupancy()  # of the last rollout, on this rank
         self.scoring = build_scoring(engine, codec, reward)
@@ -147,6 +148,7 @@ class Trainer:
             for group, prompt in self._my_groups()
             for start in range(0, count, size)
         ]
+        self.flown = [flight.prompt for flight in flights]
         engine.eval()
         self.scoring.begin()
         groups = config.reward.overlap_groups

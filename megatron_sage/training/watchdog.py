@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_sage.errors import FAULT, STALLED
+from megatron_sage.monitoring.heartbeat import Heartbeat
 from megatron_sage.parallel.control import Control
 from megatron_sage.training.stalls import Beat, Watch, place
 
@@ -51,6 +52,7 @@ class Watchdog:
         self.store = dist.PrefixStore(f"watchdog{(store.add('watchdogs', 1) - 1) // world_size}", store)
         self._main = threading.main_thread().ident
         self._host, self._beats, self._told = socket.gethostname(), 0, False
+        self._heartbeat = Heartbeat(directory) if rank == 0 else None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._beat()
@@ -97,6 +99,8 @@ class Watchdog:
             f"{self._host}:{os.getpid()}",
         )
         self.store.set(f"beat/{self.rank}", json.dumps(beat))
+        if self._heartbeat is not None:
+            self._heartbeat.beat(control)
 
     def _spread_signal(self) -> None:
         if self._told:

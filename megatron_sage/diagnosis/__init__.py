@@ -1,0 +1,1 @@
+"""What `megatron-sage doctor` looks at: machine, versions, weights, configuration, collectives."""
