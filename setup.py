@@ -50,6 +50,7 @@ EXTRAS = {
         "pyarrow>=21,<27",
         "nvidia-dali-cuda130>=1.52,<3",  # its CPU pipelines are compared with Pillow
         "selenium>=4.40,<5",  # reports in Debian's Chromium
+        "wandb>=0.22,<0.32",  # in offline mode
         "ruff>=0.17,<0.18",
         "mypy>=2.4,<3",
         "types-PyYAML>=6,<7",

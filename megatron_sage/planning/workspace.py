@@ -7,7 +7,7 @@ the streams between attentions; `heads`: the same tokens inside attention, this 
 
 from dataclasses import dataclass
 
-from megatron_sage.parallel.context import ULYSSES
+from megatron_sage.parallel.context import ALLGATHER, ULYSSES
 from megatron_sage.planning.saved import block_bytes
 from megatron_sage.planning.traffic import Place
 
@@ -63,12 +63,18 @@ def backward_workspace(place: Place, text: int) -> float:
     single = place.element == 4
     norm = (5 if single else 14) * size.local + size.local  # the fp32 norm and its gradients, and the stream's
     mlp = size.inner + size.gathered
-    freed = 2 * size.inner + 2 * size.local  # of the MLP, when the norm before it has its turn
+    again = config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or ())
+    # of what is kept of the MLP, when the norm before it has its turn
+    freed = 0.0 if again else 2 * size.inner + 2 * size.local
     in_block = max(mlp, norm - freed)
+    context = config.context_parallel_size
+    if context > 1 and config.context_backend == ALLGATHER:
+        # all ranks' keys and values, as they arrive and joined, and their gradients; queries, answers and theirs
+        in_block = max(in_block, (6 * context + 4) * size.heads - freed)
     if config.recompute_granularity == "full":
         # the block's input is kept already
         in_block += block_bytes(place, text, False, recomputed=False) - size.local
-    elif config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or ()):
-        in_block = max(norm, size.local + 2 * size.inner + mlp)
+    elif again:
+        in_block = max(in_block, size.local + 2 * size.inner + mlp)
     last = place.stage == len(config.stage_blocks) - 1
     return max(in_block, norm if last else 0.0)  # the final norm comes while everything is kept

@@ -64,8 +64,8 @@ def iteration(arguments: list[str], processes: int) -> dict[str, Any]:
     inner = [part.optimizer for part in trainer.optimizer.chained_optimizers]
     state = [x for one in inner for state in one.state.values() for x in state.values()]
     masters = [p for one in inner for group in one.param_groups for p in group["params"]]
-    if config.precision.dtype == "fp32" and config.optimizer.offload == "none":
-        masters = []  # the parameters themselves
+    if config.precision.dtype == "fp32":
+        masters = []  # the parameters themselves; the hybrid optimizer's masters are part of its state
     moments = [x for x in state if isinstance(x, torch.Tensor) and x.numel() > 1]
     anchors = [a.kept_bytes for a in trainer.reference.anchors.values() if hasattr(a, "kept_bytes")]
     return {
@@ -123,7 +123,9 @@ def test_counted_and_computed(root: Path, name: str) -> None:
     for one in found:
         counted, expected = +Counter(one["counted"]), +Counter(one["expected"])
         if name != "tp2-lora":  # adapters' activations are not in the formula
-            assert counted == expected, (counted - expected, expected - counted)
+            for key in counted.keys() | expected.keys():  # a streamed unit's slices are aligned: a few bytes more
+                slack = 1e-5 if key == ("all_gather", "dp_cp") and "sharded" in name else 0
+                assert expected[key] == pytest.approx(counted[key], rel=slack, abs=0), key
         else:
             assert sum(expected.values()) == pytest.approx(sum(counted.values()), rel=0.1)
         assert one["gradients"][0] == one["gradients"][1]
