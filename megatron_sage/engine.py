@@ -1,11 +1,11 @@
 """Everything a run needs, built once: groups, policy, prompts with their text, codec, reward, step table."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -231,22 +231,49 @@ def check_task(config: Config, rows: Sequence[PromptRow]) -> None:
             )
 
 
-def encode_prompts(config: Config, engine: Engine, rows: Sequence[PromptRow], negative: str = "") -> list[Prompt]:
-    """The rows' conditioning out of the embedding cache (`prepare_embeddings`), on this rank's device.
+class Prompts(Sequence[Prompt]):
+    """Prompts on this rank's device, read from the embedding cache when they are asked for.
+
+    All of a large file would not fit: one of 300 tokens takes 2 MB. The last `KEPT` stay.
+    """
+
+    KEPT = 64
+
+    def __init__(self, rows: Sequence[PromptRow], read: Callable[[PromptRow], Prompt]) -> None:
+        """`read` should remember what it has read."""
+        self.rows, self.read = list(rows), read
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> "Prompts": ...
+
+    def __getitem__(self, place: int | slice) -> "Prompt | Prompts":
+        return Prompts(self.rows[place], self.read) if isinstance(place, slice) else self.read(self.rows[place])
+
+
+def encode_prompts(config: Config, engine: Engine, rows: Sequence[PromptRow], negative: str = "") -> Prompts:
+    """The rows' conditioning out of the embedding cache (`prepare_embeddings`).
 
     `negative`: what the unconditional branch reads; it must be in the cache as well, the empty one always is.
     """
     unconditional = PromptRow(negative or NEGATIVE.text)
     conditions = open_conditions(config, [unconditional, *rows])
     without, _ = load_prompt(config, unconditional, conditions)
-    found: dict[PromptRow, Prompt] = {}
-    for row in dict.fromkeys(rows):
+
+    @lru_cache(maxsize=Prompts.KEPT)
+    def read(row: PromptRow) -> Prompt:
         text, image = load_prompt(config, row, conditions)
         first_frame = None
         if image is not None:
             first_frame = image_channels(image.first_frame, engine.shape).to(engine.device)
-        found[row] = Prompt(row.text, _condition(text, image, engine), _condition(without, image, engine), first_frame)
-    return [found[row] for row in rows]
+        return Prompt(row.text, _condition(text, image, engine), _condition(without, image, engine), first_frame)
+
+    return Prompts(rows, read)
 
 
 def _condition(text: PromptEmbedding, image: ImageEmbedding | None, engine: Engine) -> TextCondition:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def _from_file(
 
 
 def _sample(
-    config: Config, engine: Engine, prompts: list[Prompt], arguments: argparse.Namespace, given: torch.Tensor | None
+    config: Config, engine: Engine, prompts: Sequence[Prompt], arguments: argparse.Namespace, given: torch.Tensor | None
 ) -> None:
     """Prompts are spread over the replicas, the decoding of one prompt's videos over a replica's ranks."""
     reporter = Reporter(engine.groups.rank == 0)

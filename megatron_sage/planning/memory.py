@@ -15,6 +15,7 @@ from megatron_sage.planning.workload import LATENT, Workload
 from megatron_sage.planning.workspace import backward_workspace, forward_workspace, gathered_bytes
 
 MASTER = 4
+KEPT_PROMPTS = 64  # of engine.Prompts
 PHASES = ("rollout", "decode", "reward", "reference", "train", "optimizer", "save")
 VAE_PARAMETERS = 1_260_634_115  # AutoencoderKLHunyuanVideo15 of the released model
 
@@ -49,7 +50,7 @@ def rank_memory(config: Config, place: Place, work: Workload, assumed: Assumptio
     _weights(config, place, counts, memory)
     _optimizer(config, place, counts, memory)
     _references(config, place, work, counts, memory)
-    memory.device["text_embeddings"] = work.prompts * _embedding_bytes(place, work)
+    memory.device["text_embeddings"] = min(work.prompts, KEPT_PROMPTS) * _embedding_bytes(place, work)
     memory.device["vae"] = VAE_PARAMETERS * {"auto": place.element, "fp32": 4}.get(config.vae.dtype, 2)
     memory.device["reward_model"] = assumed.reward_model_bytes
     trajectories = _trajectories(config, place, work)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ SCALE = 6  # pixels of the written clip for each pixel of a tiny one
 
 
 def evaluate(
-    label: str, engine: Engine, prompts: list[Prompt], codec: VideoCodec, reward: Reward, reporter: Reporter
+    label: str, engine: Engine, prompts: Sequence[Prompt], codec: VideoCodec, reward: Reward, reporter: Reporter
 ) -> None:
     """Score held-out samples, write clips and `evaluation.json` in the run. All ranks call."""
     config, groups = engine.config, engine.groups
@@ -42,7 +43,7 @@ def evaluate(
 
 
 def held_out(
-    label: str, engine: Engine, prompts: list[Prompt], codec: VideoCodec, reward: Reward, reporter: Reporter
+    label: str, engine: Engine, prompts: Sequence[Prompt], codec: VideoCodec, reward: Reward, reporter: Reporter
 ) -> tuple[list[dict[str, Any]], dict[int, np.ndarray]]:
     """Sample every held-out prompt of this replica by the ODE and score the videos.
 

@@ -1,7 +1,7 @@
 """One iteration of SAGE-GRPO: rollout, rewards, advantages, reference velocities, updates."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Trainer:
         engine: Engine,
         ddp: list[DistributedDataParallel],
         optimizer: MegatronOptimizer,
-        prompts: list[Prompt],
+        prompts: Sequence[Prompt],
         codec: VideoCodec,
         reward: Reward,
         reporter: Reporter,
