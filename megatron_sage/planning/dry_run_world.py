@@ -56,19 +56,23 @@ class Numbers(TorchDispatchMode):
 
 
 def check_world(rank: int, size: int) -> None:
-    """Raises UserError for a rank that does not exist, and where the process has a world already."""
+    """Raises UserError for a rank that does not exist."""
     if not 1 <= size <= MAX_RANKS:
         raise UserError(f"--gpus {size}: a dry run takes 1 to {MAX_RANKS}")
     if not 0 <= rank < size:
         raise UserError(f"--rank {rank}: must be >= 0 and < {size}, the number of GPUs")
-    if dist.is_initialized():
-        raise UserError("--dry-run: this process is part of a run already; start it alone, not under torchrun")
 
 
 @contextmanager
 def fake_world(rank: int, size: int, transformer: dict[str, Any]) -> Iterator[None]:
-    """Inside: this process is rank `rank` of `size`, and every tensor is without data. First: `check_world`."""
+    """Inside: this process is rank `rank` of `size`, and every tensor is without data. First: `check_world`.
+
+    Raises UserError where the process has a world already.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise UserError("--dry-run: this process is part of a run already; start it alone, not under torchrun")
 
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
