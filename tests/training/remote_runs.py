@@ -26,10 +26,12 @@ def outcome(arguments: list[str], processes: int) -> dict[str, Any]:
     return found | {"phases": phases}
 
 
-def stop_while_waiting(arguments: list[str], processes: int, rank: int, asked: str) -> dict[str, Any]:
-    """Train; `rank` gets SIGTERM once the file `asked` says that a server holds a request. (status, seconds after)."""
-    import torch.distributed as dist
+def stop_while_waiting(arguments: list[str], processes: int, asked: str) -> dict[str, Any]:
+    """Train; every rank gets SIGTERM once the file `asked` says that a server holds a request. (status, seconds after).
 
+    Every rank, as torchrun and Slurm do it: one that waits in a collective for the rank whose answer is held would
+    handle a signal of its own only when that ends.
+    """
     from tests.training import stops
 
     sent: list[float] = []
@@ -41,8 +43,7 @@ def stop_while_waiting(arguments: list[str], processes: int, rank: int, asked: s
         sent.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if dist.get_rank() == rank:
-        threading.Thread(target=send, daemon=True).start()
+    threading.Thread(target=send, daemon=True).start()
     status = stops.run(arguments, processes)
     return {"status": status, "seconds": time.monotonic() - sent[0] if sent else None}
 

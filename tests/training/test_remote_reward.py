@@ -183,7 +183,6 @@ def test_a_stop_does_not_wait_for_an_answer_and_the_resumed_run_is_the_local_one
             "tests.training.remote_runs:stop_while_waiting",
             arguments=settings(root, f"stopped{ranks}", **changes),
             processes=ranks,
-            rank=ranks - 1,
             asked=str(asked),
         )
         over.set()
