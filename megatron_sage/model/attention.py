@@ -8,10 +8,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from megatron_sage.model.config import HunyuanVideoConfig
+from megatron_sage.model.elementwise import kernels
+from megatron_sage.model.joint import JointHeads
 from megatron_sage.model.precision import real_rows
 from megatron_sage.model.recompute import run, selective_modules
-from megatron_sage.model.rope import rotate
-from megatron_sage.parallel.context import Heads
 from megatron_sage.parallel.sequence import TokenShard, pad_tokens
 
 
@@ -25,8 +25,8 @@ class TokenLayout:
     """Over CP alone: what a rank has inside attention, on its heads."""
     text: TokenShard
     """Over TP with sequence parallelism; CP ranks hold the same text tokens."""
-    rotation: torch.Tensor
-    """[context.valid, D/2] complex64, of these tokens' global positions."""
+    rotations: tuple[torch.Tensor, torch.Tensor]
+    """[context.valid, D/2] complex64, of these tokens' global positions; and of all tokens."""
 
 
 @dataclass
@@ -60,11 +60,12 @@ class JointAttention(MegatronModule):
         self.tp_group = pg_collection.tp
         self.last = last
         self.recompute = selective_modules(config)
+        self.ops, self.eps = kernels(), config.layernorm_epsilon
         self.img_qkv, self.txt_qkv = (self._qkv(submodules.qkv) for _ in range(2))
         self.img_proj, self.txt_proj = (self._proj(submodules.proj) for _ in range(2))
         # the words q_layernorm and k_layernorm make Megatron sum these weights' gradients over TP
         self.img_q_layernorm, self.img_k_layernorm, self.txt_q_layernorm, self.txt_k_layernorm = (
-            build_module(submodules.qk_norm, config.kv_channels, config.layernorm_epsilon) for _ in range(4)
+            build_module(submodules.qk_norm, config.kv_channels) for _ in range(4)
         )
         self.core = build_module(submodules.core, config=config, pg_collection=pg_collection)
 
@@ -103,33 +104,22 @@ class JointAttention(MegatronModule):
         context, num_text = layout.context, layout.text.num_tokens
         if self.config.fp8 is not None:
             image_SBH, text_LBH = real_rows(image_SBH, layout.image.valid), real_rows(text_LBH, layout.text.valid)
-        image_qkv = self.img_qkv(image_SBH)[0][: context.valid]
-        text_qkv = self.txt_qkv(text_LBH)[0][:num_text]
+        per_head = (-1, 3, self.config.kv_channels)
+        image_qkv = self.img_qkv(image_SBH)[0][: context.valid].unflatten(-1, per_head)  # [S, B, N, 3, D]
+        text_qkv = self.txt_qkv(text_LBH)[0][:num_text].unflatten(-1, per_head)
+        recompute = "core_attn" in self.recompute
 
-        def joint(image_qkv: torch.Tensor, text_qkv: torch.Tensor, rotation: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            heads = run("layernorm" in self.recompute, self._heads, image_qkv, text_qkv, rotation)
-            text_q = heads[5] if len(heads) == 6 else None
-            image_out, text_out = self.core(Heads(*heads[:3]), Heads(text_q, *heads[3:5]), context)
+        def joint(image_qkv: torch.Tensor, text_qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            # what is recomputed as a whole keeps nothing that were worth making once more
+            rebuild = not (recompute or self.config.recompute_granularity == "full")
+            heads = JointHeads(self.ops, self._norms(), self.eps, layout.rotations, self.last, rebuild)
+            image_out, text_out = self.core(image_qkv, text_qkv, context, heads)
             return (image_out,) if text_out is None else (image_out, text_out)
 
-        out = run("core_attn" in self.recompute, joint, image_qkv, text_qkv, layout.rotation)
+        out = run(recompute, joint, image_qkv, text_qkv)
         image_out = self.img_proj(pad_tokens(out[0], context.local))[0]
         return image_out, None if self.last else self.txt_proj(pad_tokens(out[1], layout.text.padded))[0]
 
-    def _heads(
-        self, image_qkv: torch.Tensor, text_qkv: torch.Tensor, rotation: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Fused projections [S, B, N * 3 * D] -> normed and rotated image q, k, v, text k, v and q, [S, B, N, D] each.
-
-        The last block has no use for what the text asks: its text has no q.
-        """
-        image_q, image_k, image_v = image_qkv.unflatten(-1, (-1, 3, self.config.kv_channels)).unbind(-2)
-        text_q, text_k, text_v = text_qkv.unflatten(-1, (-1, 3, self.config.kv_channels)).unbind(-2)
-        heads = (
-            rotate(self.img_q_layernorm(image_q), rotation),
-            rotate(self.img_k_layernorm(image_k), rotation),
-            image_v,
-            self.txt_k_layernorm(text_k),
-            text_v,
-        )
-        return heads if self.last else (*heads, self.txt_q_layernorm(text_q))
+    def _norms(self) -> tuple[torch.Tensor, ...]:
+        norms = (self.img_q_layernorm, self.img_k_layernorm, self.txt_q_layernorm, self.txt_k_layernorm)
+        return tuple(norm.weight for norm in norms)

@@ -10,7 +10,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from megatron_sage.model.attention import TokenLayout
 from megatron_sage.model.config import HunyuanVideoConfig
-from megatron_sage.model.norm import AdaModulation, Modulation, modulated_layer_norm
+from megatron_sage.model.elementwise import gated_modulated_norm, gated_residual, kernels, modulated_norm
+from megatron_sage.model.norm import AdaModulation, Modulation
 from megatron_sage.model.precision import real_rows
 from megatron_sage.model.recompute import run, selective_modules
 
@@ -54,6 +55,7 @@ class DoubleStreamBlock(MegatronModule):
         self.tp_group = pg_collection.tp
         self.last = last
         self.recompute = selective_modules(config)
+        self.ops = kernels()
         self.norm1 = AdaModulation(config, submodules.modulation_linear, pg_collection)
         self.norm1_context = AdaModulation(config, submodules.modulation_linear, pg_collection)
         self.attn = build_module(submodules.attention, config=config, pg_collection=pg_collection, last=last)
@@ -84,24 +86,25 @@ class DoubleStreamBlock(MegatronModule):
     ) -> tuple[torch.Tensor, ...]:
         image_mod, text_mod = self.norm1(silu_temb), self.norm1_context(silu_temb)
         image_attn, text_attn = self.attn(
-            self._norm(image, image_mod.shift_attn, image_mod.scale_attn),
-            self._norm(text, text_mod.shift_attn, text_mod.scale_attn),
+            modulated_norm(self.ops, image, image_mod.shift_attn, image_mod.scale_attn),
+            modulated_norm(self.ops, text, text_mod.shift_attn, text_mod.scale_attn),
             layout,
         )
-        image = torch.addcmul(image, image_attn, image_mod.gate_attn)
-        image = self._mlp(self.ff, image, image_mod, layout.image.valid, layout.context.valid)
+        image = self._mlp(self.ff, image, image_attn, image_mod, layout.image.valid, layout.context.valid)
         if text_attn is None:
             return (image,)
-        text = torch.addcmul(text, text_attn, text_mod.gate_attn)
-        return image, self._mlp(self.ff_context, text, text_mod, layout.text.valid, layout.text.num_tokens)
+        valid = layout.text.valid, layout.text.num_tokens
+        return image, self._mlp(self.ff_context, text, text_attn, text_mod, *valid)
 
-    def _norm(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return run("layernorm" in self.recompute, modulated_layer_norm, x, shift, scale)
+    def _mlp(
+        self, mlp: torch.nn.Module, x: torch.Tensor, attn: torch.Tensor, mod: Modulation, local: int, whole: int
+    ) -> torch.Tensor:
+        """The block's second half, from attention's answer on: both residuals, the norm between them, the MLP."""
 
-    def _mlp(self, mlp: torch.nn.Module, x: torch.Tensor, mod: Modulation, local: int, whole: int) -> torch.Tensor:
-        def normed_mlp(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-            out, bias = mlp(self._norm(x, shift, scale), local, whole)
-            return out + bias
+        def half(x: torch.Tensor, attn: torch.Tensor, *mod: torch.Tensor) -> torch.Tensor:
+            gate_attn, shift, scale, gate = mod
+            x, normed = gated_modulated_norm(self.ops, x, attn, gate_attn, shift, scale)
+            branch, bias = mlp(normed, local, whole)
+            return gated_residual(self.ops, x, branch, bias, gate)
 
-        out = run("mlp" in self.recompute, normed_mlp, x, mod.shift_mlp, mod.scale_mlp)
-        return torch.addcmul(x, out, mod.gate_mlp)
+        return run("mlp" in self.recompute, half, x, attn, mod.gate_attn, mod.shift_mlp, mod.scale_mlp, mod.gate_mlp)

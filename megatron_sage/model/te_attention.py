@@ -17,7 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_sage.errors import UserError
 from megatron_sage.model.config import HunyuanVideoConfig
-from megatron_sage.parallel.context import Heads
+from megatron_sage.parallel.context import MakeHeads
 from megatron_sage.parallel.sequence import TokenShard, pad_tokens
 
 
@@ -73,18 +73,21 @@ class TransformerEngineAttention(torch.nn.Module):
         self.group = pg_collection.cp
         self.kernel = kernel or _kernel(config, pg_collection)
 
-    def forward(self, video: Heads, text: Heads, shard: TokenShard) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, video: torch.Tensor, text: torch.Tensor, shard: TokenShard, make_heads: MakeHeads
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`video` holds this rank's `shard.valid` tokens, `text` all of them; see `parallel.context.WholeAttention`."""
-        assert video.q is not None
-        slices = text_slices(shard, text.k.shape[0])
+        slices, valid = text_slices(shard, text.shape[0]), shard.valid
         mine = slice(*slices[self.group.rank()])
+        made = make_heads(video, text)
+        last = made.q.shape[0] == valid
         # Where nothing reads the text's answer there is no query either, but the kernel wants as many queries as keys:
         # the keys stand in, and what they are answered is dropped.
-        text_q = text.k if text.q is None else text.q
-        q = torch.cat([video.q, text_q[mine]])
-        out = self.kernel(q, torch.cat([video.k, text.k[mine]]), torch.cat([video.v, text.v[mine]]))
-        video_out, text_out = out[: shard.valid], out[shard.valid :]
-        return video_out, None if text.q is None else collect(text_out, slices, self.group)
+        text_q = (made.k if last else made.q)[valid:]
+        q = torch.cat([made.q[:valid], text_q[mine]])
+        k, v = (torch.cat([x[:valid], x[valid:][mine]]) for x in (made.k, made.v))
+        out = self.kernel(q, k, v)
+        return out[:valid], None if last else collect(out[valid:], slices, self.group)
 
 
 def collect(mine: torch.Tensor, slices: list[tuple[int, int]], group: dist.ProcessGroup) -> torch.Tensor:

@@ -174,8 +174,8 @@ class HunyuanVideoDiT(MegatronModule):
         context = TokenShard(image.num_tokens, self.cp_group.size(), self.cp_group.rank(), multiple)
         table = rotary_table(tuple(grid), self.config.rope_axes_dim, float(self.config.rope_theta), where)
         # by global index: a rank that began to count at its own first token would see another video
-        rotation = table[context.start : context.start + context.valid]
-        return TokenLayout(image, context, self._text_shard(text), rotation)
+        mine = table[context.start : context.start + context.valid]
+        return TokenLayout(image, context, self._text_shard(text), (mine, table))
 
     def embed_text(self, text: TextCondition, timestep_B: torch.Tensor) -> torch.Tensor:
         """[image | ByT5 | Qwen] tokens, [L, B, H], whole on every rank."""

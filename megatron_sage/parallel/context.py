@@ -9,24 +9,41 @@ two attentions is linear in the gradient, so they stay partial from the loss to 
 the sum over DP x CP completes together with those of all others. No collective is spent on the text's gradient.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_sage.parallel.kept import instead_of
 from megatron_sage.parallel.sequence import TokenShard, pad_tokens
 
 AUTO, ULYSSES, ALLGATHER = "auto", "ulysses", "allgather"
 
 
 class Heads(NamedTuple):
-    """Queries, keys and values of one stream, [tokens, B, N, D]; no query where nothing reads the answer."""
+    """Queries, keys and values, [video tokens | text tokens], [tokens, B, N, D] each.
 
-    q: torch.Tensor | None
+    Queries may end behind the video's, where nothing reads what the text is answered. `again` gives the three once more
+    in the backward pass: the attention kernel need not keep them. None: it does.
+    """
+
+    q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    again: Callable[[], Sequence[torch.Tensor]] | None = None
+
+
+class MakeHeads(Protocol):
+    """The fused projections of both streams, [tokens, B, N, 3, D] -> normed and rotated heads.
+
+    `whole`: the video's tokens are all there are, not this rank's: the rotations are those of all positions.
+    """
+
+    def __call__(self, video: torch.Tensor, text: torch.Tensor, whole: bool = False) -> Heads: ...
 
 
 def choose_backend(heads: int, tensor: int, context: int) -> tuple[str, str]:
@@ -45,37 +62,35 @@ class WholeAttention(torch.nn.Module):
     def __init__(self, config: Any = None, pg_collection: ProcessGroupCollection | None = None) -> None:
         super().__init__()
 
-    def forward(self, video: Heads, text: Heads, shard: TokenShard) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(video [S, B, N * D], text [L, B, N * D] or None); `shard` is not looked at."""
-        assert video.q is not None
-        return _split(attend(_joint_queries(video.q, text.q), *_joint_keys(video, text)), video.q.shape[0], text)
+    def forward(
+        self, video: torch.Tensor, text: torch.Tensor, shard: TokenShard, make_heads: MakeHeads
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(video [S, B, N * D], text [L, B, N * D] or None) of fused projections [tokens, B, N, 3, D]."""
+        return _split(attend(make_heads(video, text)), video.shape[0])
 
 
 class UlyssesAttention(torch.nn.Module):
     """All tokens of 1/CP of this rank's heads: an all-to-all before attention and one after it.
 
-    Needs heads / TP divisible by CP. Keeps for the backward pass what a rank keeps without CP, divided by CP.
+    Needs heads / TP divisible by CP. The projections are exchanged as they are, in one piece: normed and rotated
+    afterwards, they are all that has to be kept for the backward pass.
     """
 
     def __init__(self, config: Any, pg_collection: ProcessGroupCollection) -> None:
         super().__init__()
         self.group = pg_collection.cp
 
-    def forward(self, video: Heads, text: Heads, shard: TokenShard) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, video: torch.Tensor, text: torch.Tensor, shard: TokenShard, make_heads: MakeHeads
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`video` holds this rank's `shard.valid` tokens; see `WholeAttention`."""
-        assert video.q is not None
         size, rank = self.group.size(), self.group.rank()
-        fused = pad_tokens(torch.stack([video.q, video.k, video.v], dim=-2), shard.local)  # [S_local, B, N, 3, D]
+        fused = pad_tokens(video, shard.local)
         spread = fused.unflatten(2, (size, -1)).movedim(2, 0)  # the heads of every rank: [CP, S_local, B, N/CP, 3, D]
         whole = exchange(spread, self.group).flatten(0, 1)[: shard.num_tokens]
         mine = slice(rank * whole.shape[2], (rank + 1) * whole.shape[2])
-        text_q = None if text.q is None else text.q[:, :, mine]
-        q, k, v = whole.unbind(-2)
-        if text_q is None:
-            q = q.contiguous()  # joined with nothing, it would keep all of `whole` for the backward pass
-        ours = Heads(text_q, text.k[:, :, mine], text.v[:, :, mine])
-        out = attend(_joint_queries(q, text_q), *_joint_keys(Heads(q, k, v), ours))
-        video_out, text_out = _split(out, shard.num_tokens, text)
+        out = attend(make_heads(whole, text[:, :, mine], whole=True))
+        video_out, text_out = _split(out, shard.num_tokens)
         # every rank gets its own video tokens and ALL text tokens: one all-to-all serves both streams
         pieces = pad_tokens(video_out, shard.padded).unflatten(0, (size, shard.local))
         if text_out is not None:
@@ -95,23 +110,24 @@ class AllGatherAttention(torch.nn.Module):
         super().__init__()
         self.group = pg_collection.cp
 
-    def forward(self, video: Heads, text: Heads, shard: TokenShard) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, video: torch.Tensor, text: torch.Tensor, shard: TokenShard, make_heads: MakeHeads
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`video` holds this rank's `shard.valid` tokens; see `WholeAttention`."""
-        assert video.q is not None
-        local = pad_tokens(torch.stack([video.k, video.v]), shard.local, dim=1)  # [2, S_local, B, N, D]
-        text_kv = torch.stack([text.k, text.v])
-        again = _GatherAgain(shard, self.group)
-        joint = _GatherTokens.apply(local, text_kv, again)  # [2, S + L, B, N, D]
-        with again.instead_of(joint):
-            out = attend(_joint_queries(video.q, text.q), joint[0], joint[1])
-        out = _BeforeBackward.apply(out, local.detach(), text_kv.detach(), again)
-        return _split(out, shard.valid, text)
+        heads = make_heads(video, text)
+        again = _GatherAgain(shard, self.group, heads)
+        joint = _GatherTokens.apply(heads.k, heads.v, again)  # [2, S + L, B, N, D]
+        with instead_of([heads.q, joint], again.heads):
+            out = attend(Heads(heads.q, joint[0], joint[1]))
+        return _split(_BeforeBackward.apply(out, again), shard.valid)
 
 
-def attend(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBND: torch.Tensor) -> torch.Tensor:
-    """Full attention by torch's fused kernels: [Sq, B, N, D], [Sk, B, N, D] twice -> [Sq, B, N * D]."""
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_SBND, v_SBND))
-    return F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
+def attend(heads: Heads) -> torch.Tensor:
+    """Full attention by torch's fused kernels, [tokens, B, N * D] for the queries there are."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in heads[:3])
+    with nullcontext() if heads.again is None else instead_of(heads[:3], heads.again):
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.permute(2, 0, 1, 3).flatten(2)
 
 
 def exchange(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -143,64 +159,54 @@ def _all_to_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 class _GatherAgain:
     """The gathered keys and values, dropped after the forward pass and gathered once more for the backward pass.
 
-    torch's kernel keeps its keys and values. Hooks replace them by their place in the gathered tensor, so that what is
-    kept is what this rank held before the gather. The second gather is no business of the hooks: a rank without any
-    query may run another kernel, which keeps nothing, and its partners would wait for it for ever. It hangs on the
-    output's gradient, which every rank gets.
+    torch's kernel keeps its keys and values; `instead_of` puts in their place what this rank held before the gather.
+    The second gather is no business of the hooks: a rank without any query may run another kernel, which keeps nothing,
+    and its partners would wait for it for ever. It hangs on the output's gradient, which every rank gets.
     """
 
-    def __init__(self, shard: TokenShard, group: dist.ProcessGroup) -> None:
+    def __init__(self, shard: TokenShard, group: dist.ProcessGroup, heads: Heads) -> None:
         self.shard, self.group = shard, group
+        mine = [x.detach() for x in heads[:3]]
+        self.mine: Callable[[], Sequence[torch.Tensor]] = heads.again or (lambda: mine)
         self.joint: torch.Tensor | None = None
 
-    def gather(self, local: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """[2, S_local, ...] of every rank, padding cut off, followed by the text's [2, L, ...]: [2, S + L, ...]."""
-        parts = self.shard.parts
+    def gather(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """This rank's keys and values [S_valid + L, ...] -> the video's of every rank, then the text's: [2, S + L, ...]."""
+        parts, valid = self.shard.parts, self.shard.valid
+        local = pad_tokens(torch.stack([k[:valid], v[:valid]]), self.shard.local, dim=1)
         pieces = local.new_empty(parts * 2, *local.shape[1:])  # gloo wants them end to end, not stacked
-        dist.all_gather_into_tensor(pieces, local.contiguous(), group=self.group)
+        dist.all_gather_into_tensor(pieces, local, group=self.group)
         video = pieces.unflatten(0, (parts, 2)).movedim(0, 1).flatten(1, 2)[:, : self.shard.num_tokens]
-        return torch.cat([video, text], dim=1)
+        return torch.cat([video, torch.stack([k[valid:], v[valid:]])], dim=1)
 
-    def instead_of(self, joint: torch.Tensor) -> torch.autograd.graph.saved_tensors_hooks:
-        """Inside: what autograd would keep of `joint` is a place in it."""
-        address = joint.untyped_storage()._cdata  # of the storage, whichever view; fake tensors have one too
-
-        def pack(x: torch.Tensor) -> Any:
-            if x.untyped_storage()._cdata == address:
-                return x.shape, x.stride(), x.storage_offset()
-            return x.detach()  # the kernel's own output, kept as it is, would keep the graph that keeps it
-
-        def unpack(kept: Any) -> torch.Tensor:
-            if isinstance(kept, torch.Tensor):
-                return kept
-            assert self.joint is not None, "the output's gradient comes first"
-            return self.joint.as_strided(*kept)
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    def heads(self) -> list[torch.Tensor]:
+        """For the kernel's backward: queries, and all keys and values."""
+        assert self.joint is not None, "the output's gradient comes first"
+        return [self.mine()[0], self.joint]
 
 
 class _BeforeBackward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, out: torch.Tensor, local: torch.Tensor, text: torch.Tensor, again: _GatherAgain
-    ) -> torch.Tensor:
+    def forward(ctx: Any, out: torch.Tensor, again: _GatherAgain) -> torch.Tensor:
         ctx.again = again
-        ctx.save_for_backward(local, text)
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        ctx.again.joint = ctx.again.gather(*ctx.saved_tensors)
-        return grad_outputs[0], None, None, None
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        again: _GatherAgain = ctx.again
+        with torch.no_grad():
+            _, k, v = again.mine()
+            again.joint = again.gather(k, v)
+        return grad_outputs[0], None
 
 
 class _GatherTokens(torch.autograd.Function):
     """Backward: the video's gradients are summed over the ranks and scattered, for all queries look at all keys."""
 
     @staticmethod
-    def forward(ctx: Any, local: torch.Tensor, text: torch.Tensor, again: _GatherAgain) -> torch.Tensor:
+    def forward(ctx: Any, k: torch.Tensor, v: torch.Tensor, again: _GatherAgain) -> torch.Tensor:
         ctx.again = again
-        return again.gather(local, text)
+        return again.gather(k, v)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -211,16 +217,9 @@ class _GatherTokens(torch.autograd.Function):
         pieces = pieces.movedim(1, 0).flatten(0, 1)
         mine = pieces.new_empty(2, *pieces.shape[1:])
         dist.reduce_scatter_tensor(mine, pieces.contiguous(), op=dist.ReduceOp.SUM, group=again.group)
-        return mine, text, None
+        k, v = torch.cat([mine[:, : shard.valid], text], dim=1)
+        return k, v, None
 
 
-def _joint_queries(video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
-    return video if text is None else torch.cat([video, text])
-
-
-def _joint_keys(video: Heads, text: Heads) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.cat([video.k, text.k]), torch.cat([video.v, text.v])
-
-
-def _split(out: torch.Tensor, num_video: int, text: Heads) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return (out, None) if text.q is None else (out[:num_video], out[num_video:])
+def _split(out: torch.Tensor, num_video: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return (out, None) if out.shape[0] == num_video else (out[:num_video], out[num_video:])

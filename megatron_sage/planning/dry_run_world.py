@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from megatron_sage import anchor, engine
 from megatron_sage.errors import UserError
-from megatron_sage.model import lora, norm
+from megatron_sage.model import lora
 from megatron_sage.model.rope import rotary_table
 from megatron_sage.parallel import groups, noise
 
@@ -98,7 +98,6 @@ def _replacements(transformer: dict[str, Any]) -> list[tuple[Any, str, Callable[
         (noise, "token_noise", _no_noise),
         (lora, "_initial_a", _no_values),
         (anchor.Anchor, "_kept_sum", lambda self, copied: 0),
-        (norm.F, "rms_norm", _fused_rms_norm),
         (torch.nn.Module, "_apply", _apply_in_place),
         (dist, "all_gather_object", _own_object),
         (torch.Tensor, "numpy", _ones),
@@ -111,10 +110,6 @@ def _no_noise(num_tokens: int, channels: int, samples: list[int], *indices: int)
 
 def _no_values(settings: Any, into: int, *others: Any) -> torch.Tensor:
     return torch.empty(settings.rank, into)
-
-
-def _fused_rms_norm(x: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return _FusedRMSNorm.apply(x, weight)
 
 
 def _apply_in_place(self: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:
@@ -133,17 +128,3 @@ def _own_object(found: list[Any], mine: Any, group: Any = None) -> None:
 
 def _ones(self: torch.Tensor, **options: Any) -> np.ndarray:
     return np.ones(self.shape, str(self.dtype).removeprefix("torch."))
-
-
-class _FusedRMSNorm(torch.autograd.Function):
-    """Shapes and kept tensors of CUDA's kernel: input, weight, one fp32 number a row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from megatron_sage.model.config import HunyuanVideoConfig
-from megatron_sage.parallel.context import ALLGATHER, ULYSSES
+from megatron_sage.parallel.context import ULYSSES
 from megatron_sage.parallel.sequence import TokenShard
 from megatron_sage.planning.traffic import Place, kinds
 
-FP32, STATISTICS = 4, 8  # bytes; of a LayerNorm's mean and reciprocal deviation
+FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -27,29 +27,26 @@ class _Stream:
     """Real ones among the gathered."""
 
 
-def saved_by_chunks(place: Place, texts: tuple[int, ...], fused_norm: bool = True) -> list[float]:
-    """Bytes that each chunk of the rank keeps of one micro-batch, all branches of the guidance (`texts`) together.
-
-    `fused_norm`: RMSNorm keeps its input, as CUDA's kernel does; False: torch's CPU path, which keeps fp32 copies.
-    """
+def saved_by_chunks(place: Place, texts: tuple[int, ...]) -> list[float]:
+    """Bytes that each chunk of the rank keeps of one micro-batch, all branches of the guidance (`texts`) together."""
     config = place.config
     stages, found = config.stage_blocks, []
     for number, blocks in enumerate(stages[place.stage]):
         virtual, total = number * len(stages) + place.stage, 0.0
         for text in texts:
             for last, count in kinds(config, blocks):
-                total += count * block_bytes(place, text, last, fused_norm)
+                total += count * block_bytes(place, text, last)
             video = _video(place)
             if virtual == 0:
                 total += video.local * place.batch * config.in_channels * place.element
             if virtual == len(stages) * len(stages[0]) - 1:
-                norm = 1 if place.element < FP32 else 2
-                total += video.local * place.batch * config.hidden_size * place.element * (norm + 1)
+                # the final norm's input, and what the projection reads
+                total += video.local * place.batch * config.hidden_size * place.element * 2
         found.append(total)
     return found
 
 
-def block_bytes(place: Place, text: int, last: bool, fused_norm: bool = True, recomputed: bool = True) -> float:
+def block_bytes(place: Place, text: int, last: bool, recomputed: bool = True) -> float:
     """Of one block and one branch; `recomputed=False`: as if nothing were recomputed."""
     config = place.config
     granularity = config.recompute_granularity if recomputed else None
@@ -59,7 +56,7 @@ def block_bytes(place: Place, text: int, last: bool, fused_norm: bool = True, re
     modules = set(config.recompute_modules or ()) if granularity == "selective" else set()
     total = _attention(place, video, text, last) if "core_attn" not in modules else 0.0
     for stream, cut in ((video, False), (words, last)):
-        total += _stream(place, stream, cut, modules, fused_norm)
+        total += _stream(place, stream, cut, modules)
     return total
 
 
@@ -75,51 +72,35 @@ def _words(place: Place, text: int) -> _Stream:
     return _Stream(padded // place.split, padded, text)
 
 
-def _stream(place: Place, stream: _Stream, cut: bool, modules: set[str], fused_norm: bool) -> float:
+def _stream(place: Place, stream: _Stream, cut: bool, modules: set[str]) -> float:
     """Outside the attention kernel; `cut`: the last block's text, of which only keys and values are made."""
     config, element = place.config, place.element
     whole = stream.local * place.batch * config.hidden_size * element
     heads = stream.gathered * place.batch * (config.hidden_size // config.tensor_model_parallel_size) * element
-    single = element == FP32
-    norm = whole  # its input
-    if single and "layernorm" not in modules:
-        norm += whole + stream.local * place.batch * STATISTICS  # and the normalised input
-    total = norm + whole  # and what the projection reads
-    total += _head_norms(heads, 1 if cut else 2, element, "layernorm" in modules or fused_norm)
+    # the block's input; what its projection reads; the projection, of which queries, keys and values are made again
+    total = 2 * whole + 3 * heads
     if cut:
         return total
     total += whole  # attention's answer, which is gated
     if "mlp" in modules:
-        return total + 2 * whole
+        return total
     inner = heads * config.ffn_hidden_size / config.hidden_size
-    return total + norm + 2 * whole + 2 * inner
-
-
-def _head_norms(heads: float, count: int, element: int, fused: bool) -> float:
-    """RMSNorm of queries and keys, views of the fused projection."""
-    if fused:
-        return 3 * heads
-    if element == FP32:
-        return 3 * heads + count * heads
-    return count * 2 * heads * FP32 / element
+    return total + 2 * whole + 2 * inner  # what the MLP reads and answers; before and behind its activation
 
 
 def _attention(place: Place, video: _Stream, text: int, last: bool) -> float:
-    """Queries, keys, values, the answer and its statistics."""
+    """The kernel's answer and its statistics; what an exchange gives, in the layout in which the projection has it."""
     config, batch, element = place.config, place.batch, place.element
     tensor, context = config.tensor_model_parallel_size, config.context_parallel_size
     channels, heads = config.hidden_size // tensor, config.num_attention_heads // tensor
     asks = 0 if last else text
     if context > 1 and config.context_backend == ULYSSES:
-        queries, keys = (place.video_tokens + asks) / context, (place.video_tokens + text) / context
-        exchanged = video.gathered + asks
+        queries = (place.video_tokens + asks) / context
+        kept = queries + video.gathered + asks
     else:
-        queries, keys, exchanged = video.valid + asks, video.valid + text, 0
+        queries = kept = float(video.valid + asks)
         if video.gathered != video.valid:
-            exchanged = video.gathered  # filled up for the projection
-    kept = 2 * queries + 2 * keys + exchanged
-    if context > 1 and config.context_backend == ALLGATHER:
-        kept += 2 * (video.gathered - video.valid)
+            kept += video.gathered  # filled up for the projection
     return batch * (kept * channels * element + queries * heads * FP32)
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from megatron_sage.model.config import HunyuanVideoConfig
-from megatron_sage.parallel.context import AllGatherAttention, Heads, UlyssesAttention, WholeAttention
+from megatron_sage.parallel.context import AllGatherAttention, UlyssesAttention, WholeAttention
 from megatron_sage.parallel.sequence import TokenShard
+from tests.parallel.test_context import fused, plain_heads
 
 pytestmark = pytest.mark.gpu
 VIDEO, TEXT, BATCH, HEADS, DIM = 1000, 24, 2, 16, 128  # 1024 tokens: equal parts for up to 8 ranks
@@ -39,7 +40,7 @@ def run_core(backend: str) -> None:
     groups = initialize(context=int(os.environ["WORLD_SIZE"]))
     leaves = [x.requires_grad_() for x in inputs()]
     whole = TokenShard(VIDEO, 1, 0)
-    expected_video, expected_text = WholeAttention()(Heads(*leaves[:3]), Heads(*leaves[3:]), whole)
+    expected_video, expected_text = WholeAttention()(*fused(leaves), whole, plain_heads(False))
     weights = [
         torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).cuda() for x in (expected_video, expected_text)
     ]
@@ -55,7 +56,7 @@ def run_core(backend: str) -> None:
         core: Any = TransformerEngineAttention(config, groups.collection)
     else:
         core = {"ulysses": UlyssesAttention, "allgather": AllGatherAttention}[backend](None, groups.collection)
-    video, text = core(Heads(*local[:3]), Heads(*local[3:]), shard)
+    video, text = core(*fused(local), shard, plain_heads(False))
     assert_near(video, expected_video[mine])
     assert_near(text, expected_text)
     ((video * weights[0][mine]).sum() + (text * weights[1]).sum() / groups.cp_size).backward()

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from megatron_sage.model.elementwise import kernels, modulated_norm
 from megatron_sage.model.embeddings import timestep_sinusoid
-from megatron_sage.model.norm import HeadRMSNorm, modulated_layer_norm
 from megatron_sage.parallel.groups import Groups
 from tests.model.parity import Case, build, reference, run_samples, tokens
 
@@ -69,22 +69,11 @@ def test_norm_and_modulation_are_fp32_and_rounded_once(width: int) -> None:
     found, exact = [], []
     for cast, out in ((lambda t: t, found), (lambda t: t.float(), exact)):
         leaves = [t.clone().requires_grad_() for t in (x, shift, scale)]
-        y = modulated_layer_norm(*(cast(t) for t in leaves)).bfloat16()
+        y = modulated_norm(kernels(), *(cast(t) for t in leaves)).bfloat16()
         out += [y, *torch.autograd.grad(y, leaves, grad)]
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, exact, strict=True))
     rounded_twice = torch.addcmul(shift, F.layer_norm(x, (width,), eps=1e-6), 1 + scale)
     assert not torch.equal(found[0], rounded_twice)  # what is avoided
-
-
-def test_head_norm_is_fp32_and_rounded_once() -> None:
-    norm = HeadRMSNorm(128, 1e-6).bfloat16()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        norm.weight.copy_(torch.randn(128, generator=generator))
-    x = (torch.randn(40, 2, 3, 128, generator=generator) * 7).bfloat16()
-    exact = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6) * norm.weight.float()
-    wrong = norm(x) != exact.bfloat16()
-    assert wrong.float().mean() < 1e-3  # the order of a sum may tip a rounding
 
 
 def test_sinusoid_of_a_time_is_fp32() -> None:

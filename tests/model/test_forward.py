@@ -1,6 +1,5 @@
 """Refusals of the forward pass, determinism, and what recompute keeps."""
 
-import gc
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from megatron_sage.errors import UserError
 from megatron_sage.model import TextCondition
 from megatron_sage.parallel.groups import Groups
+from megatron_sage.parallel.kept import KeptBytes
 from tests.model.parity import Case, build, random_inputs, run_samples, tokens
 
 CASE = Case(grid=(2, 3, 4), qwen=(6, 6), byt5=(3, 3))
@@ -55,22 +55,10 @@ def saved_bytes(groups: Groups, layers: int, **options: Any) -> int:
     """Bytes that the forward pass keeps alive for the backward pass, weights excluded."""
     case = Case(layers=layers)
     model = build(case, groups, **options)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
     inputs = random_inputs(case)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        velocity = model(tokens(inputs["hidden_states"]), inputs["timestep"], condition(), case.grid)
-    total = sum(storage.nbytes() for storage in storages.values())
-    del velocity
-    gc.collect()
-    return total
+    with KeptBytes(model.parameters()) as kept:
+        model(tokens(inputs["hidden_states"]), inputs["timestep"], condition(), case.grid)
+    return kept.total
 
 
 def test_recompute_keeps_less_for_the_backward_pass(one_rank: Groups) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sage.parallel.context import _GatherAgain
+from megatron_sage.parallel.kept import KeptBytes
 from megatron_sage.planning.activations import SavedBytes
 from tests.model.parity import Case
 from tests.parallel.pool import run_on_ranks
@@ -39,31 +39,10 @@ def saved_bytes(case: Case, tensor: int = 1, context: int = 1, pipeline: int = 1
     if not chunk.pre_process:
         size = (chunk.packed_tokens(text, case.grid), case.batch, chunk.config.hidden_size)
         packed = torch.zeros(size, requires_grad=True)
-    known = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        address = x.untyped_storage().data_ptr()
-        if address not in known:
-            kept[address] = x.untyped_storage().nbytes()
-        return x.detach()  # x itself, where a node keeps its own output, is a circle that is never freed
-
-    hooks_inside = _GatherAgain.instead_of
-
-    def counted_inside(self: _GatherAgain, joint: torch.Tensor) -> Any:
-        """The innermost hooks alone see what is kept inside them: count what they leave as it is."""
-        inside = hooks_inside(self, joint)
-        before = inside.pack_hook
-        inside.pack_hook = lambda x: pack(kept) if isinstance(kept := before(x), torch.Tensor) else kept
-        return inside
-
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(_GatherAgain, "instead_of", counted_inside)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with KeptBytes(chunk.parameters()) as kept:
         out = chunk(video, inputs["timestep"], text, case.grid, packed_SBH=packed)
-    monkeypatch.undo()
     assert out.requires_grad
-    return sum(kept.values())
+    return kept.total
 
 
 def measured(ranks: int, **arguments: Any) -> list[int]:
@@ -97,10 +76,11 @@ def test_the_single_process_is_linear_in_both_token_counts(single: SavedBytes) -
     ids=str,
 )
 def test_a_rank_keeps_its_share(single: SavedBytes, tensor: int, context: int, options: dict[str, Any]) -> None:
-    """Ulysses keeps 3 % more: attention's result before and after the exchange of heads for tokens."""
+    """Ulysses keeps one tensor in 17 more: attention's result before and after the exchange of heads for tokens."""
     expected = single.on_rank(780, 40, tensor, context)
     found = measured(tensor * context, case=case(), tensor=tensor, context=context, **options)
-    assert found == [pytest.approx(expected, rel=0.05)] * len(found)
+    exchanged = options.get("context_backend") == "ulysses"
+    assert found == [pytest.approx(expected, rel=0.075 if exchanged else 0.05)] * len(found)
 
 
 @pytest.mark.parametrize("pipeline", [2, 4])

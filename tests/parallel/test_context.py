@@ -31,13 +31,13 @@ class EqualParts:
         self.group = group
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        from megatron_sage.parallel.context import attend
+        from megatron_sage.parallel.context import Heads, attend
 
         lengths = [None] * self.group.size()
         torch.distributed.all_gather_object(lengths, [x.shape[0] for x in (q, k, v)], group=self.group)
         assert len({length for lengths_of in lengths for length in lengths_of}) == 1, lengths
         assert q.shape[0] * self.group.size() % (2 * self.group.size()) == 0
-        return attend(q, *(AllParts.apply(x, self.group) for x in (k, v)))
+        return attend(Heads(q, *(AllParts.apply(x, self.group) for x in (k, v))))
 
 
 class AllParts(torch.autograd.Function):
@@ -67,6 +67,21 @@ def draw(video: int, text: int, batch: int, heads: int, dim: int) -> tuple[list[
 
     inputs = [normal(tokens, batch, heads, dim) for tokens in (video, text) for _ in range(3)]
     return inputs, [normal(tokens, batch, heads * dim) for tokens in (video, text)]
+
+
+def fused(leaves: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The projections of video and text, [tokens, B, N, 3, D]."""
+    return torch.stack(leaves[:3], dim=-2), torch.stack(leaves[3:], dim=-2)
+
+
+def plain_heads(last: bool) -> Any:
+    """Projections to heads without norm and rotation; the last block's text asks nothing."""
+
+    def make(video: torch.Tensor, text: torch.Tensor, whole: bool = False) -> Heads:
+        q, k, v = torch.cat([video, text]).unbind(-2)
+        return Heads(q[: video.shape[0]] if last else q, k, v)
+
+    return make
 
 
 class LargestTensor(TorchDispatchMode):
@@ -100,7 +115,7 @@ def attention_on_rank(backend: str, sizes: tuple[int, ...], last: bool) -> dict[
     else:
         core = CORES[backend](None, groups.collection)
     with LargestTensor() as largest:
-        video, text = core(Heads(*leaves[:3]), Heads(None if last else leaves[3], *leaves[4:]), shard)
+        video, text = core(*fused(leaves), shard, plain_heads(last))
         loss = (video * gradients[0][mine]).sum()
         if text is not None:
             # every rank has the text's answer, and each brings its share of the gradient: partial, as in the model
@@ -134,9 +149,7 @@ def test_split_tokens_give_the_whole_attention(backend: str, ranks: int, last: b
         inputs, gradients = draw(*sizes)
         leaves = [x.requires_grad_() for x in inputs]
         whole = WholeAttention()
-        video, text = whole(
-            Heads(*leaves[:3]), Heads(None if last else leaves[3], *leaves[4:]), TokenShard(sizes[0], 1, 0)
-        )
+        video, text = whole(*fused(leaves), TokenShard(sizes[0], 1, 0), plain_heads(last))
         loss = (video * gradients[0]).sum() + (0.0 if text is None else (text * gradients[1]).sum())
         loss.backward()
         function = "tests.parallel.test_context:attention_on_rank"

@@ -156,7 +156,7 @@ def kept_bytes(grid: tuple[int, int, int], words: tuple[int, int], **options: An
     groups = initialize(**layout)
     config = HunyuanVideoConfig.from_diffusers(case(grid, words).config(), sequence_parallel=True, **layout, **options)
     place = Place(config, groups.pp_rank, grid[0] * grid[1] * grid[2], 2)
-    return found, sum(saved_by_chunks(place, (sum(words),), fused_norm=False))
+    return found, sum(saved_by_chunks(place, (sum(words),)))
 
 
 _NIGHTLY = pytest.mark.nightly
