@@ -62,7 +62,7 @@ def evaluate(trainer: Any, trajectories: list[Any], steps: int) -> tuple[torch.T
             for step in range(steps + 1)
         }
         for step in table.trained_steps:
-            v_SBC = network.forward(0, latents[step], table.sigmas[step], trajectory.prompt, 0, len(trajectory.samples))
+            v_SBC = network.forward(0, latents[step], table.sigmas[step], trajectory.prompt, 0)
             v_SBC = v_SBC.float()
             mean = step_mean(latents[step].float(), v_SBC, table.a[step], table.b[step])
             std = table.std[step]

@@ -11,7 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron_sage.model.attention import TokenLayout
 from megatron_sage.model.config import HunyuanVideoConfig
 from megatron_sage.model.elementwise import gated_modulated_norm, gated_residual, kernels, modulated_norm
-from megatron_sage.model.norm import AdaModulation, Modulation
+from megatron_sage.model.norm import AdaModulation, Modulation, modulations
 from megatron_sage.model.precision import real_rows
 from megatron_sage.model.recompute import run, selective_modules
 
@@ -84,7 +84,8 @@ class DoubleStreamBlock(MegatronModule):
     def _block(
         self, image: torch.Tensor, text: torch.Tensor, silu_temb: torch.Tensor, layout: TokenLayout
     ) -> tuple[torch.Tensor, ...]:
-        image_mod, text_mod = self.norm1(silu_temb), self.norm1_context(silu_temb)
+        streams = self.norm1, self.norm1_context
+        image_mod, text_mod = modulations(silu_temb, streams, self.tp_group, self.config.sequence_parallel)
         image_attn, text_attn = self.attn(
             modulated_norm(self.ops, image, image_mod.shift_attn, image_mod.scale_attn),
             modulated_norm(self.ops, text, text_mod.shift_attn, text_mod.scale_attn),

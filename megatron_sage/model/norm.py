@@ -1,9 +1,11 @@
 """Norms and adaLN-Zero modulation."""
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
@@ -43,11 +45,13 @@ class Modulation(NamedTuple):
 
 
 class AdaModulation(MegatronModule):
-    """Linear(SiLU(temb)) -> six [B, H] (diffusers: AdaLayerNormZero). A third of all weights, so column-parallel."""
+    """Linear(SiLU(temb)) -> six [B, H] (diffusers: AdaLayerNormZero). A third of all weights, so column-parallel.
+
+    Gradients of its input are partial on each rank; the model sums them once for all of its blocks.
+    """
 
     def __init__(self, config: HunyuanVideoConfig, linear: ModuleSpec, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config=config)
-        self.tp_group = pg_collection.tp
         # the input [B, H] is no sequence: sequence parallelism would all-gather it over the batch
         self.linear = build_module(
             linear,
@@ -59,20 +63,34 @@ class AdaModulation(MegatronModule):
             gather_output=False,
             skip_bias_add=False,
             is_expert=False,
+            disable_grad_reduce=True,
             tp_group=pg_collection.tp,
         )
 
-    def forward(self, silu_temb_BH: torch.Tensor) -> Modulation:
-        """`silu_temb_BH` is SiLU(temb), computed once for all blocks."""
-        local, _ = self.linear(silu_temb_BH)
-        # With sequence parallelism each rank modulates its own tokens, so the gradient of the gathered result is
-        # partial and must be reduce-scattered; without, it is whole on every rank and is only split.
+    def forward(self, silu_temb_BH: torch.Tensor) -> torch.Tensor:
+        """This rank's part of all six, [B, 6H/TP]; `silu_temb_BH` is SiLU(temb), computed once for all blocks."""
+        return self.linear(silu_temb_BH)[0]
+
+
+def modulations(
+    silu_temb_BH: torch.Tensor, streams: Sequence[AdaModulation], group: dist.ProcessGroup, sequence_parallel: bool
+) -> list[Modulation]:
+    """Of both streams of a block, by one all-gather over `group` (TP): a call costs more than these few bytes.
+
+    With sequence parallelism each rank modulates its own tokens, so the gradient of the gathered result is partial and
+    must be reduce-scattered; without, it is whole on every rank and is only split.
+    """
+    local = [stream(silu_temb_BH) for stream in streams]
+    if group.size() > 1:
         gather = (
             all_gather_last_dim_from_tensor_parallel_region
-            if self.config.sequence_parallel
+            if sequence_parallel
             else gather_from_tensor_model_parallel_region
         )
-        return Modulation(*gather(local, group=self.tp_group).chunk(6, dim=-1))
+        # [B, ranks, streams, 6H/TP]: the ranks' parts of one stream lie apart
+        whole = gather(torch.cat(local, dim=-1), group=group).unflatten(-1, (group.size(), len(local), -1))
+        local = [whole[:, :, number].flatten(1) for number in range(len(local))]
+    return [Modulation(*whole.chunk(6, dim=-1)) for whole in local]
 
 
 class AdaLayerNormOut(MegatronModule):

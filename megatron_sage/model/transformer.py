@@ -7,7 +7,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
@@ -111,17 +114,19 @@ class HunyuanVideoDiT(MegatronModule):
         grid: tuple[int, int, int],
         timestep_r_B: torch.Tensor | None = None,
         packed_SBH: torch.Tensor | None = None,
+        embedded_LBH: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Velocity `noise - x0` at this rank's tokens, or what the next stage needs.
 
         Args:
             video_SBC: [S_local, B, in_channels], row-major over the grid; S_local = `image_shard(grid).local`. None on
                 all stages but the first.
-            timestep_B: [B] float32 in [0, 1000].
-            text: conditions of the B samples.
+            timestep_B: [B] float32 in [0, 1000]; or [1], the same for all samples: it is embedded once.
+            text: conditions of the B samples; or of one, the same for all: embedded once too.
             grid: latent frames, height, width.
             timestep_r_B: [B] float32, MeanFlow's second time; needs `use_meanflow`.
             packed_SBH: [`packed_tokens(text, grid)`, B, H] of the stage before; None on the first stage.
+            embedded_LBH: what `embed` gave of this text and timestep, of these weights; None: it is embedded here.
 
         Returns:
             The last stage: [S_local, B, out_channels] in the parameters' type; zeros at padding tokens, whose gradient
@@ -133,16 +138,15 @@ class HunyuanVideoDiT(MegatronModule):
             self._check_inputs(video_SBC, timestep_B, text, layout.image, timestep_r_B)
             assert video_SBC is not None  # checked
             image_SBH = self.x_embedder(video_SBC.to(self.config.params_dtype))
-            # Recomputed always: the embedders run whole on every TP and CP rank, theirs would be the only activations
-            # that no layout divides, and they cost a thousandth of the forward. Not Megatron's checkpoint, which
-            # gives parameters no gradient where no input wants one.
-            text_LBH = checkpoint(self.embed_text, text, timestep_B, use_reentrant=False)
-            text_LBH = self._shard_text(text_LBH, layout.text)
+            text_LBH = self.embed(text, timestep_B) if embedded_LBH is None else embedded_LBH
+            text_LBH = text_LBH.expand(-1, video_SBC.shape[1], -1)
         else:
             assert packed_SBH is not None, "a stage behind the first takes its input from the one before it"
             image_SBH, text_LBH = packed_SBH.split([layout.image.local, layout.text.local])
+        # each rank's rows of the modulations give a part of its gradient: summed here, once for all blocks
+        for_blocks = copy_to_tensor_model_parallel_region(silu_temb_BH, group=self.tp_group)
         for block in self.transformer_blocks.values():
-            image_SBH, text_LBH = block(image_SBH, text_LBH, silu_temb_BH, layout)
+            image_SBH, text_LBH = block(image_SBH, text_LBH, for_blocks, layout)
         if not self.post_process:
             return torch.cat([image_SBH, text_LBH])
         # padding is cut off by index, so that no gradient can enter through it
@@ -177,6 +181,16 @@ class HunyuanVideoDiT(MegatronModule):
         mine = table[context.start : context.start + context.valid]
         return TokenLayout(image, context, self._text_shard(text), (mine, table))
 
+    def embed(self, text: TextCondition, timestep_B: torch.Tensor) -> torch.Tensor:
+        """The text stream's first tokens of this rank, [L_local, B, H]; B is 1 where text and timestep are shared.
+
+        Recomputed always in the backward pass: the embedders run whole on every TP and CP rank, theirs would be the
+        only activations that no layout divides, and they cost a thousandth of the forward. Not by Megatron's
+        checkpoint, which gives parameters no gradient where no input wants one.
+        """
+        text_LBH = checkpoint(self.embed_text, text, timestep_B, use_reentrant=False)
+        return self._shard_text(text_LBH, self._text_shard(text))
+
     def embed_text(self, text: TextCondition, timestep_B: torch.Tensor) -> torch.Tensor:
         """[image | ByT5 | Qwen] tokens, [L, B, H], whole on every rank."""
         dtype = self.config.params_dtype
@@ -185,8 +199,9 @@ class HunyuanVideoDiT(MegatronModule):
             kinds.insert(0, (BYT5, self.context_embedder_2(text.byt5_BLD.to(dtype))))
         if text.image_BLD.shape[1]:
             kinds.insert(0, (IMAGE, self.image_embedder(text.image_BLD.to(dtype))))
-        rows = self.cond_type_embed.weight
-        return torch.cat([tokens + rows[kind] for kind, tokens in kinds], dim=1).transpose(0, 1)
+        rows, batch = self.cond_type_embed.weight, kinds[-1][1].shape[0]  # only Qwen's tokens depend on the timestep
+        embedded = [(tokens + rows[kind]).expand(batch, -1, -1) for kind, tokens in kinds]
+        return torch.cat(embedded, dim=1).transpose(0, 1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
@@ -240,8 +255,11 @@ class HunyuanVideoDiT(MegatronModule):
                 f"{self.config.in_channels} channels] for {shard.num_tokens} tokens over {shard.parts} rank(s)"
             )
         lengths = [x.shape[0] for x in (timestep, text.qwen_BLD, text.byt5_BLD, text.image_BLD)]
-        if lengths != [batch] * 4:
-            raise UserError(f"video has batch {batch}; timestep, qwen, byt5 and image have {lengths}: make them equal")
+        if not set(lengths) <= {1, batch} or len(set(lengths[1:])) > 1:
+            raise UserError(
+                f"video has batch {batch}; timestep, qwen, byt5 and image have {lengths}: make them equal, or 1 where "
+                "all samples share it"
+            )
         for name, value in (("timestep", timestep), ("timestep_r", timestep_r)):
             if value is not None and value.dtype in (torch.bfloat16, torch.float16):
                 raise UserError(f"{name}: {value.dtype} rounds a time by up to 2 of 1000: pass float32")

@@ -171,7 +171,7 @@ class _GatherAgain:
         self.joint: torch.Tensor | None = None
 
     def gather(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """This rank's keys and values [S_valid + L, ...] -> the video's of every rank, then the text's: [2, S + L, ...]."""
+        """This rank's keys and values [S_valid + L] -> the video's of every rank, then the text's: [2, S + L]."""
         parts, valid = self.shard.parts, self.shard.valid
         local = pad_tokens(torch.stack([k[:valid], v[:valid]]), self.shard.local, dim=1)
         pieces = local.new_empty(parts * 2, *local.shape[1:])  # gloo wants them end to end, not stacked

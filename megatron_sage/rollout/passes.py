@@ -10,7 +10,7 @@ from megatron_sage.grpo.sde import step_mean, step_sample
 from megatron_sage.parallel import noise
 from megatron_sage.parallel.pipeline import Occupancy, Task, execute, plan_slots
 from megatron_sage.rollout.buffer import MicroTrajectory
-from megatron_sage.rollout.policy import Network
+from megatron_sage.rollout.policy import EmbeddedTexts, Network
 from megatron_sage.rollout.transitions import StepTable, transition_log_prob
 
 
@@ -22,6 +22,7 @@ class ForwardPass(ABC):
     def __init__(self, network: Network, table: StepTable, trajectories: Sequence[MicroTrajectory]) -> None:
         """`trajectories`: of each flight of the plan."""
         self.network, self.table, self.trajectories = network, table, trajectories
+        self.texts = EmbeddedTexts()
         self._branches: dict[tuple[int, int], list[torch.Tensor]] = {}
 
     @abstractmethod
@@ -37,8 +38,8 @@ class ForwardPass(ABC):
             return self.packed_like(task).zero_()  # the schedule goes on, what it computes will be dropped
         trajectory = self.trajectories[task.flight]
         x_SBC, step = self.inputs(task)
-        sigma, batch = self.table.sigmas[step], len(trajectory.samples)
-        out = self.network.forward(task.chunk, x_SBC, sigma, trajectory.prompt, task.branch, batch, packed)
+        sigma, prompt = self.table.sigmas[step], trajectory.prompt
+        out = self.network.forward(task.chunk, x_SBC, sigma, prompt, task.branch, packed, texts=self.texts)
         if self.network.ends and task.chunk == self.network.num_chunks - 1:
             velocities = self._branches.setdefault((task.flight, task.step), [])
             velocities.append(out)

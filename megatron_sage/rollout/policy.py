@@ -3,7 +3,8 @@
 Shapes: S this rank's video tokens, B samples of one prompt, C = 32 latent channels.
 """
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +40,6 @@ class VideoShape:
         return self.shard.num_tokens * self.channels
 
 
-def expand(text: TextCondition, batch: int) -> TextCondition:
-    """The same text for `batch` samples: a view, no copy."""
-    return TextCondition(*(x.expand(batch, -1, -1) for x in (text.qwen_BLD, text.byt5_BLD, text.image_BLD)))
-
-
 def image_channels(first_frame: torch.Tensor, shape: VideoShape) -> torch.Tensor:
     """What an image says of this rank's video tokens, [S, C + 1]: its latents [C, h, w] and mask 1 in the first latent
     frame, zeros in all others (and at padding tokens).
@@ -65,6 +61,28 @@ def model_input(
     else:
         condition = image_SC[:, None].expand(-1, batch, -1).to(x_SBC.dtype)
     return torch.cat([x_SBC, condition], dim=-1).to(dtype)
+
+
+class EmbeddedTexts:
+    """The last few texts that a pass without gradients has embedded: a group's samples share theirs at every step.
+
+    A pass has one set of weights; another pass, or another model, has another of these.
+    """
+
+    def __init__(self, size: int = 8) -> None:
+        """Flights of a group follow each other, so a few texts suffice: one a group on its way, and the negative."""
+        self.size = size
+        self._kept: OrderedDict[tuple[int, float], tuple[TextCondition, torch.Tensor]] = OrderedDict()
+
+    def get(self, text: TextCondition, sigma: float, embed: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """[L_local, 1, H] of this text at this noise level."""
+        key = (id(text), sigma)
+        if key not in self._kept:
+            self._kept[key] = text, embed()  # the text itself too, so that its id is not given to another
+            if len(self._kept) > self.size:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key][1]
 
 
 class Network:
@@ -106,28 +124,31 @@ class Network:
         sigma: float | Sequence[float],
         prompt: Prompt,
         branch: int,
-        batch: int,
         packed: torch.Tensor | None = None,
         model: torch.nn.Module | None = None,
+        texts: "EmbeddedTexts | None" = None,
     ) -> torch.Tensor:
         """One branch through one chunk: its velocity on the last one, packed tokens on the others.
 
         `x_SBC` is read on the first chunk of the first stage, `packed` on all others. `model`: the chunk in its DDP
         wrapper, where gradients are wanted. `sigma`, one or each sample's own, becomes the timestep 1000 * sigma in
-        float32: in bfloat16 it would be off by up to 2 of 1000.
+        float32: in bfloat16 it would be off by up to 2 of 1000. `texts`: the pass's, where no gradients are wanted.
         """
         network = self.chunks[chunk]
         video_SBC = None
         if network.pre_process:
             assert x_SBC is not None
             video_SBC = model_input(x_SBC, network.config.in_channels, network.config.params_dtype, prompt.image_SC)
-        timestep_B = self._timesteps(sigma, batch)
-        text = expand(self.text(prompt, branch), batch)
-        return (model or network)(video_SBC, timestep_B, text, self.shape.grid, packed_SBH=packed)
+        timestep_B, text, embedded_LBH = self._timesteps(sigma), self.text(prompt, branch), None
+        if texts is not None and network.pre_process:
+            assert isinstance(sigma, float)
+            embedded_LBH = texts.get(text, sigma, lambda: network.embed(text, timestep_B))
+        more = {"packed_SBH": packed, "embedded_LBH": embedded_LBH}
+        return (model or network)(video_SBC, timestep_B, text, self.shape.grid, **more)
 
-    def _timesteps(self, sigma: float | Sequence[float], batch: int) -> torch.Tensor:
+    def _timesteps(self, sigma: float | Sequence[float]) -> torch.Tensor:
         if isinstance(sigma, float):  # filled on the device: nothing is copied there, nobody waits
-            return torch.full((batch,), 1000.0 * sigma, dtype=torch.float32, device=self.device)
+            return torch.full((1,), 1000.0 * sigma, dtype=torch.float32, device=self.device)
         return torch.tensor([1000.0 * s for s in sigma], dtype=torch.float32).to(self.device, non_blocking=True)
 
     def packed_tokens(self, prompt: Prompt, branch: int) -> int:
@@ -171,7 +192,7 @@ class Network:
                 assert network.input_tensor is not None
                 size = self.packed_tokens(prompt, branch)
                 packed, start = network.input_tensor[start : start + size, :batch], start + size
-            outputs.append(self.forward(chunk, x_SBC, sigma, prompt, branch, batch, packed, model))
+            outputs.append(self.forward(chunk, x_SBC, sigma, prompt, branch, packed, model))
         if network.post_process:
             return self.guided(outputs)
         packed = pad_tokens(torch.cat(outputs), length)

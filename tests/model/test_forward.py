@@ -24,7 +24,7 @@ def condition(batch: int = 2, qwen: int = 6, byt5: int = 3, image: int = 0) -> T
         ({"video_SBC": torch.randn(23, 2, 65)}, r"shape \(23, 2, 65\), expected \[24 tokens"),
         ({"video_SBC": torch.randn(24, 2, 33)}, "65 channels"),
         ({"timestep_B": torch.zeros(3)}, r"batch 2; .* have \[3, 2, 2, 2\]"),
-        ({"text": condition(batch=1)}, r"have \[2, 1, 1, 1\]"),
+        ({"text": condition(batch=3)}, r"have \[2, 3, 3, 3\]"),
         ({"timestep_B": torch.zeros(2, dtype=torch.bfloat16)}, "timestep: torch.bfloat16 .* pass float32"),
         ({"text": condition(qwen=0)}, "no valid token"),
         ({"timestep_r_B": torch.zeros(2)}, "timestep_r is given, the model's use_meanflow is False"),
@@ -102,3 +102,22 @@ def test_ragged_conditions_are_refused() -> None:
         TextCondition.from_padded(
             torch.randn(2, 2, 24), torch.ones(2, 2), torch.randn(2, 2, 20), mask, torch.zeros(2, 5, 28)
         )
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_what_samples_share_is_embedded_once_for_all(one_rank: Groups, recompute: str) -> None:
+    """One text or one timestep of batch 1 is the same as that many equal ones: velocities and all gradients."""
+    torch.manual_seed(3)
+    one = condition(batch=1, image=2)
+    many = TextCondition(*(x.expand(3, -1, -1).contiguous() for x in (one.qwen_BLD, one.byt5_BLD, one.image_BLD)))
+    video, gradient = torch.randn(24, 3, 65), torch.randn(24, 3, 32)
+    equal, own = torch.full((3,), 611.0), torch.tensor([611.0, 20.0, 900.0])
+    for given, shared in [((equal, many), (equal[:1], one)), ((own, many), (own, one)), ((equal, many), (equal, one))]:
+        found = []
+        for timestep, text in (given, shared):
+            model = build(CASE, one_rank, recompute=recompute)
+            velocity = model(video, timestep, text, (2, 3, 4))
+            velocity.backward(gradient)
+            found.append([velocity.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        for theirs, mine in zip(*found, strict=True):  # a bias of keys has no gradient but rounding
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=3e-6 * max(1.0, float(theirs.abs().max())))
