@@ -264,14 +264,16 @@ def encode_prompts(config: Config, engine: Engine, rows: Sequence[PromptRow], ne
     unconditional = PromptRow(negative or NEGATIVE.text)
     conditions = open_conditions(config, [unconditional, *rows])
     without, _ = load_prompt(config, unconditional, conditions)
+    shared = _condition(without, None, engine)  # one object, so that a pass embeds it once for all prompts
 
     @lru_cache(maxsize=Prompts.KEPT)
     def read(row: PromptRow) -> Prompt:
         text, image = load_prompt(config, row, conditions)
-        first_frame = None
+        first_frame, other = None, shared
         if image is not None:
             first_frame = image_channels(image.first_frame, engine.shape).to(engine.device)
-        return Prompt(row.text, _condition(text, image, engine), _condition(without, image, engine), first_frame)
+            other = _condition(without, image, engine)
+        return Prompt(row.text, _condition(text, image, engine), other, first_frame)
 
     return Prompts(rows, read)
 

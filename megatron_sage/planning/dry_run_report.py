@@ -3,13 +3,13 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_sage.config.schema import Config
 from megatron_sage.model.config import HunyuanVideoConfig
 from megatron_sage.planning.dry_run import DryRun, dry_run, shortened
-from megatron_sage.planning.flops import Flops, Text, stage_flops
+from megatron_sage.planning.flops import Flops, StageFlops, Text, stage_flops
 from megatron_sage.planning.machine import Assumptions
 from megatron_sage.planning.memory import rank_memory
 from megatron_sage.planning.plan import places_of
@@ -55,23 +55,29 @@ def planned(config: Config, transformer: dict[str, Any], texts: tuple[Text, Text
 
 
 def _flops(config: Config, place: Place, work: Workload, places: dict[str, int]) -> dict[str, dict[str, float]]:
-    adapters = place.lora is not None
+    def stage(text: Text, here: Place) -> StageFlops:
+        return stage_flops(here, text, places["cp_rank"], places["tp_rank"], place.lora is not None)
 
-    def total(texts: tuple[Text, ...], number: float, training: bool) -> dict[str, float]:
-        whole = Place(**{**vars(place), "batch": place.batch * work.replay}) if training else place
-        parts = Flops()
-        for text in texts:
-            one = stage_flops(whole, text, places["cp_rank"], places["tp_rank"], adapters)
-            parts += one.forward + one.backward + one.again if training else one.forward
-        return {"gemm": parts.gemm * number, "attention": parts.attention * number}
+    def without_gradient(texts: tuple[Text, ...], forwards: int, steps: int) -> dict[str, float]:
+        return _parts(
+            stage(text, place).without_gradient(forwards, work.embedded(texts, branch, steps))
+            for branch, text in enumerate(texts)
+        )
 
+    ones = [stage(text, work.replayed(place)) for text in work.training_texts]
     found = {
-        "rollout": total(work.rollout_texts, work.flights * work.steps, False),
-        "train": total(work.training_texts, work.pairs / work.replay, True),
+        "rollout": without_gradient(work.rollout_texts, work.flights * work.steps, work.steps),
+        "train": _parts((one.forward + one.backward + one.again).times(work.pairs / work.replay) for one in ones),
     }
     if work.references:
-        found["reference"] = total(work.training_texts, work.pairs * len(work.references), False)
+        count = len(work.references)
+        found["reference"] = without_gradient(work.training_texts, work.pairs * count, work.trained * count)
     return found
+
+
+def _parts(flops: Iterable[Flops]) -> dict[str, float]:
+    total = sum(flops, Flops())
+    return {"gemm": total.gemm, "attention": total.attention}
 
 
 def report(config: Config, transformer: dict[str, Any], texts: tuple[Text, Text], options: argparse.Namespace) -> int:

@@ -202,7 +202,11 @@ def _passes(ranks: list[_Rank], chained: bool) -> Phase:
     slowest = max(ranks, key=lambda rank: rank.task_seconds(texts))
     repeats = 1 if chained else len(work.references)
     forwards = work.flights * work.steps if chained else work.pairs * repeats
-    flops = forwards * sum(slowest.stage(text).forward.total for text in texts)
+    steps = work.steps if chained else work.trained * repeats
+    done = [
+        slowest.stage(text).without_gradient(forwards, work.embedded(texts, branch, steps)).total
+        for branch, text in enumerate(texts)
+    ]
     host, seconds = 0.0, repeats * slots * slowest.task_seconds(texts)
     if chained:
         traffic = rollout_traffic(slowest.place, work)
@@ -216,7 +220,7 @@ def _passes(ranks: list[_Rank], chained: bool) -> Phase:
             seconds = max(seconds, copying)  # the next block is copied while this one computes
             if sharded:
                 seconds += slowest.sending(Traffic({k: v for k, v in traffic.items() if k == ("all_gather", "dp_cp")}))
-    return slowest.phase(seconds, flops, traffic, host)
+    return slowest.phase(seconds, sum(done), traffic, host)
 
 
 def _training(ranks: list[_Rank]) -> Phase:
@@ -225,7 +229,7 @@ def _training(ranks: list[_Rank]) -> Phase:
     stages, chunks = len(ranks), len(ranks[0].place.config.stage_blocks[0])
     found = []
     for rank in ranks:
-        whole = Place(**{**vars(rank.place), "batch": rank.place.batch * work.replay})
+        whole = work.replayed(rank.place)
         parts = [rank.stage(text, whole) for text in work.training_texts]
         flops = [part.forward + part.backward + part.again for part in parts]
         traffic = training_traffic(rank.place, work)

@@ -65,6 +65,12 @@ class StageFlops:
     """What the gradient needs; attention's scores are not counted again."""
     again: Flops
     """What the backward repeats: recomputation, and attention's scores."""
+    embedding: Flops
+    """Of the text, on the first chunk: the part of `forward` that passes without gradient do once for many."""
+
+    def without_gradient(self, forwards: float, embedded: float) -> Flops:
+        """Of so many forwards for which the text was embedded so many times."""
+        return self.forward.times(forwards) + self.embedding.times(embedded - forwards)
 
 
 def model_forward(transformer: HunyuanVideoConfig, video_tokens: int, text: Text) -> Flops:
@@ -82,7 +88,7 @@ def stage_flops(
     thousandth, are not counted.
     """
     config = place.config
-    forward, backward, again = Flops(), Flops(), Flops()
+    forward, backward, again, embedding = Flops(), Flops(), Flops(), Flops()
     stages = config.stage_blocks
     for number, blocks in enumerate(stages[place.stage]):
         virtual = number * len(stages) + place.stage
@@ -94,12 +100,17 @@ def stage_flops(
             again += Flops(attention=block.attention * (FUSED_BACKWARD - 2))
             again += _recomputed(config, block, mlp)
         token_rank = context_rank * place.split + tensor_rank % place.split
-        ends, ends_backward, repeated = _ends(place, text, virtual, token_rank)
+        ends, ends_backward = _ends(place, virtual, token_rank)
         forward += ends
         if not adapters:
             backward += ends_backward
-            again += repeated
-    return StageFlops(forward, backward, again)
+        if virtual == 0:
+            embedding, embedding_backward, repeated = _embedding(place, text)
+            forward += embedding
+            if not adapters:
+                backward += embedding_backward
+                again += repeated
+    return StageFlops(forward, backward, again, embedding)
 
 
 def _block(place: Place, text: Text, context_rank: int, last: bool) -> tuple[Flops, float]:
@@ -111,7 +122,7 @@ def _block(place: Place, text: Text, context_rank: int, last: bool) -> tuple[Flo
     qkv = 2 * (rows + words) * hidden * 3 * hidden
     projection = 2 * (rows + through) * hidden * hidden
     mlp = 2 * (rows + through) * 2 * hidden * config.ffn_hidden_size
-    modulation = 2 * 2 * batch * hidden * 6 * hidden
+    modulation = 2 * 2 * place.times * hidden * 6 * hidden
     shard = TokenShard(place.video_tokens, context, context_rank, place.split * config.fp8_alignment)
     keys = place.video_tokens + text.total
     answered = 0 if last else text.total
@@ -131,41 +142,46 @@ def _recomputed(config: HunyuanVideoConfig, block: Flops, mlp: float) -> Flops:
     return Flops(mlp if "mlp" in modules else 0, block.attention if "core_attn" in modules else 0)
 
 
-def _ends(place: Place, text: Text, virtual: int, token_rank: int) -> tuple[Flops, Flops, Flops]:
-    """(forward, backward, repeated in the backward) of what is no block; it is whole on every TP and CP rank.
+def _ends(place: Place, virtual: int, token_rank: int) -> tuple[Flops, Flops]:
+    """(forward, backward) of what is neither block nor text; the timestep's embedder is whole on every rank.
 
     Where an input wants no gradient (latents, embeddings, sinusoids) its linear's backward is one GEMM, not two.
     """
-    config, batch, hidden = place.config, place.batch, place.config.hidden_size
+    config, hidden = place.config, place.config.hidden_size
     stages = config.stage_blocks
-    sinusoid, square = 2 * batch * SINUSOID_WIDTH * hidden, 2 * batch * hidden * hidden
+    sinusoid, square = 2 * place.times * SINUSOID_WIDTH * hidden, 2 * place.times * hidden * hidden
     count = 2 if config.use_meanflow else 1
     forward, backward = count * (sinusoid + square), count * (sinusoid + 2 * square)
-    attention = repeated = 0.0
     if virtual == 0:
-        tokens = place.context_tokens // place.split * batch
-        patches = 2 * tokens * config.in_channels * hidden
-        leaves = sinusoid + 2 * batch * config.text_embed_dim * hidden * (1 + text.qwen)
-        inner = 2 * square + config.num_refiner_layers * _refiner_layer(batch, text.qwen, hidden)
-        glyph = text.glyph * (config.text_embed_2_dim + BYT5_INNER_WIDTH + hidden) * BYT5_INNER_WIDTH
-        image = text.image * (config.image_embed_dim + hidden) * config.image_embed_dim
-        inner += 2 * batch * (glyph + image)
-        forward += patches + leaves + inner
-        backward += patches + leaves + 2 * inner
-        attention = config.num_refiner_layers * 4.0 * batch * text.qwen**2 * hidden
-        repeated = leaves + inner
-        if text.glyph and not text.image:  # torch stops where nothing more is kept: before the glyphs' last linear
-            repeated -= 2 * batch * text.glyph * BYT5_INNER_WIDTH * hidden
+        patches = 2 * (place.context_tokens // place.split * place.batch) * config.in_channels * hidden
+        forward += patches
+        backward += patches
     if virtual == len(stages) * len(stages[0]) - 1:
         parts = config.context_parallel_size * place.split
         valid = TokenShard(place.video_tokens, parts, token_rank, config.fp8_alignment).valid
-        last = 2 * square + 2 * valid * batch * hidden * config.out_channels
+        last = 2 * square + 2 * valid * place.batch * hidden * config.out_channels
         forward += last
         backward += 2 * last
+    return Flops(0.0, 0.0, forward), Flops(0.0, 0.0, backward)
+
+
+def _embedding(place: Place, text: Text) -> tuple[Flops, Flops, Flops]:
+    """(forward, backward, repeated in the backward) of the text's embedders, whole on every TP and CP rank.
+
+    One text for all samples. Behind the refiner's first attention there is a copy of it for each timestep.
+    """
+    config, hidden, times = place.config, place.config.hidden_size, place.times
+    leaves = 2 * times * SINUSOID_WIDTH * hidden + 2 * config.text_embed_dim * hidden * (1 + text.qwen)
+    copies = [1 if layer == 0 else times for layer in range(config.num_refiner_layers)]
+    inner = 2 * (times + 1) * hidden**2  # second linears of timestep and mean text
+    for asked in copies:  # q, k, v, out; an MLP of ratio 4; two gates
+        inner += 2 * hidden**2 * (text.qwen * (4 * asked + 8 * times) + 2 * times)
+    glyph = text.glyph * (config.text_embed_2_dim + BYT5_INNER_WIDTH + hidden) * BYT5_INNER_WIDTH
+    image = text.image * (config.image_embed_dim + hidden) * config.image_embed_dim
+    inner += 2 * (glyph + image)
+    attention = sum(copies) * 4.0 * text.qwen**2 * hidden
+    repeated = leaves + inner
+    if text.glyph and not text.image:  # torch stops where nothing more is kept: before the glyphs' last linear
+        repeated -= 2 * text.glyph * BYT5_INNER_WIDTH * hidden
     again = Flops(attention=attention * (FUSED_BACKWARD - 1), rest=repeated)
-    return Flops(0.0, attention, forward), Flops(0.0, 2 * attention, backward), again
-
-
-def _refiner_layer(batch: int, tokens: int, hidden: int) -> int:
-    """q, k, v, out, an MLP of ratio 4, two gates."""
-    return 2 * batch * (tokens * 12 * hidden**2 + 2 * hidden**2)
+    return Flops(0.0, attention, leaves + inner), Flops(0.0, 2 * attention, leaves + 2 * inner), again

@@ -158,7 +158,7 @@ def _forwards(config: Config, place: Place, work: Workload, memory: Memory, traj
         memory.phases["reference"]["references"] = trajectories["references"]
     if work.streamed_references and config.kl.anchor_placement == "host":
         memory.phases["reference"]["anchor_slots"] = _slots(place)
-    whole = Place(**{**vars(place), "batch": place.batch * work.replay})
+    whole = work.replayed(place)
     texts = tuple(text.total for text in work.training_texts)
     saved = saved_by_chunks(whole, texts)
     held = in_flight(place.config, place.stage, work.forwards_of_update)

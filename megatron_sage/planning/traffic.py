@@ -32,6 +32,13 @@ class Place:
     lora: AdapterSettings | None = None
     distributed: bool = False
     """Megatron's distributed optimizer."""
+    own_times: bool = False
+    """Each sample has a timestep of its own, as where pairs of several steps are trained together; else they share."""
+
+    @property
+    def times(self) -> int:
+        """Timesteps that are embedded, rows of every modulation."""
+        return self.batch if self.own_times else 1
 
     @property
     def split(self) -> int:
@@ -73,11 +80,11 @@ def micro_batch(place: Place, texts: Sequence[int], longest: int | None = None, 
     _check_backend(config)
     chunks = stages[place.stage]
     for text in texts:
-        for chunk in chunks:
+        for number, chunk in enumerate(chunks):
             for last, count in kinds(config, chunk):
                 forward, backward = _block(place, text, last)
                 total += times(forward + backward + _again(place, text, last, forward), count)
-        total += _ends(place, text)
+            total += _ends(place, text, number * len(stages) + place.stage)
     packed = longest if longest is not None else sum(place.packed_tokens(text) for text in texts)
     crossing = packed * place.batch * config.hidden_size * place.element
     boundaries = len(stages) * len(chunks) - 1
@@ -167,9 +174,8 @@ def _block(place: Place, text: int, last: bool) -> tuple[Traffic, Traffic]:
     # what column-parallel layers take in (qkv, fc1) and row-parallel ones give out (proj, fc2)
     columns = 2 * video + (words if last else 2 * words)
     rows = 2 * video + (0 if last else 2 * words)
-    modulation = 2 * 6 * row
+    modulation = 2 * 6 * place.times * config.hidden_size * place.element
     forward["all_gather", "tp"] += modulation
-    backward["all_reduce", "tp"] += 2 * row  # of SiLU(temb), which both modulations read
     if config.sequence_parallel:
         forward["all_gather", "tp"] += columns
         forward["reduce_scatter", "tp"] += rows
@@ -216,13 +222,17 @@ def _again(place: Place, text: int, last: bool, forward: Traffic) -> Traffic:
     return total
 
 
-def _ends(place: Place, text: int) -> Traffic:
-    """Behind the embedders and in front of the final layer; backward alone."""
+def _ends(place: Place, text: int, virtual: int) -> Traffic:
+    """Of a chunk, behind the embedders and in front of the final layer; backward alone."""
     config, total = place.config, Traffic()
-    row = place.batch * config.hidden_size * place.element
-    if config.sequence_parallel and place.stage == 0:
+    if config.tensor_model_parallel_size == 1:
+        return total
+    row = place.times * config.hidden_size * place.element
+    if place.lora is None:
+        total["all_reduce", "tp"] += row  # gradient of SiLU(temb), which all modulations read
+    if config.sequence_parallel and virtual == 0:
         total["all_gather", "tp"] += place.text_tokens(text) * row
-    if config.sequence_parallel and place.stage == len(config.stage_blocks) - 1:
+    if config.sequence_parallel and virtual == len(config.stage_blocks) * len(config.stage_blocks[0]) - 1:
         total["all_reduce", "tp"] += 2 * row  # scale and shift of the final norm
     return total
 

@@ -1,6 +1,6 @@
 """What one iteration does on a rank: how many forwards of what size in which phase, and the bytes that it moves."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class Workload:
     """One iteration of one model replica."""
 
     grid: tuple[int, int, int]
+    groups: int  # prompts
     flights: int  # micro-batches of the rollout
     batch: int  # samples of each
     steps: int
@@ -62,6 +63,7 @@ class Workload:
         position_weight, _ = term_weights(kl.strategy, kl.position_weight, kl.velocity_weight)
         return cls(
             grid=((video.frames - 1) // TEMPORAL + 1, video.height // SPATIAL, video.width // SPATIAL),
+            groups=grpo.prompts_per_iteration // data,
             flights=grpo.prompts_per_iteration // data * grpo.group_size // sampler.micro_batch,
             batch=sampler.micro_batch,
             steps=sampler.num_steps,
@@ -95,6 +97,11 @@ class Workload:
         """The most that one update has."""
         return -(-self.pairs // self.updates)
 
+    def embedded(self, texts: tuple[Text, ...], branch: int, steps: int) -> int:
+        """How often a pass without gradient embeds a branch's text: once a step for each, and one negative for all."""
+        shared = branch > 0 and not texts[branch].image  # an image's tokens are part of the negative's text
+        return steps * (1 if shared else self.groups)
+
     @property
     def forwards_of_update(self) -> int:
         """Training forwards of one update; with `replay` pairs of one prompt each, as far as they go."""
@@ -114,6 +121,10 @@ class Workload:
         """Video tokens of a rank between attentions, padding included."""
         parts = place.config.context_parallel_size * place.split
         return TokenShard(self.video_tokens, parts, 0, place.config.fp8_alignment).local
+
+    def replayed(self, place: Place) -> Place:
+        """With the batch of a training forward."""
+        return replace(place, batch=place.batch * self.replay, own_times=self.replay > 1)
 
     def latent_bytes(self, place: Place) -> int:
         """Of one micro-batch on a rank, float32."""
@@ -204,7 +215,7 @@ def scoring_traffic(place: Place, work: Workload) -> Traffic:
 
 def training_traffic(place: Place, work: Workload) -> Traffic:
     """Forward and backward of all pairs, and the sums of the gradients, in all updates."""
-    whole = Place(**{**vars(place), "batch": place.batch * work.replay})
+    whole = work.replayed(place)
     texts = [text.total for text in work.training_texts]
     one = micro_batch(whole, texts, loss_terms=work.loss_terms)
     total = Traffic()

@@ -67,7 +67,7 @@ class Replay:
             batch = [(trajectories[number], step) for number, step in pairs]
             x_SBC = torch.cat([t.latents_SBC[i] for t, i in batch], dim=1) if chunk.pre_process else None
             sigmas = [table.sigmas[i] for t, i in batch for _ in t.samples]
-            sigma = sigmas[0] if len(set(sigmas)) == 1 else sigmas
+            sigma = sigmas[0] if len(batch) == 1 else sigmas
             prompt = batch[0][0].prompt
             out = network.train_forward(model, chunk.vp_stage, x_SBC, sigma, prompt, len(sigmas), length, largest)
             if chunk.vp_stage == network.num_chunks - 1:

@@ -105,7 +105,9 @@ def test_the_released_model() -> None:
         assert found == pytest.approx(expected, abs=6e-4)
 
 
-def counted_flops(transformer: dict[str, Any], grid: tuple[int, int, int], text: Text, batch: int) -> tuple[int, int]:
+def counted_flops(
+    transformer: dict[str, Any], grid: tuple[int, int, int], text: Text, batch: int, times: int
+) -> tuple[int, int]:
     """(forward, backward), GEMMs, as torch counts them: it does not see attention on a CPU."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -120,9 +122,9 @@ def counted_flops(transformer: dict[str, Any], grid: tuple[int, int, int], text:
         (text.glyph, config.text_embed_2_dim),
         (text.image, config.image_embed_dim),
     )
-    condition = TextCondition(*(torch.randn(batch, *size) for size in sizes))
+    condition = TextCondition(*(torch.randn(1, *size) for size in sizes))
     video = torch.randn(grid[0] * grid[1] * grid[2], batch, config.in_channels)
-    time = torch.full((batch,), 500.0)
+    time = torch.full((times,), 500.0)
     with FlopCounterMode(display=False) as forward:
         out = model(video, time, condition, grid, time if config.use_meanflow else None)
     with FlopCounterMode(display=False) as backward:
@@ -135,12 +137,14 @@ def test_flops_of_a_forward_and_its_backward(seed: int) -> None:
     draw = random.Random(seed)
     grid = (draw.randint(1, 3), draw.randint(2, 4), draw.randint(2, 5))
     text = Text(draw.randint(1, 9), draw.randint(0, 3), draw.randint(0, 3))
-    batch, transformer = draw.randint(1, 2), random_model(seed)
+    batch, transformer = draw.randint(1, 3), random_model(seed)
+    own_times = seed % 2 == 1
+    given = {"grid": grid, "text": text, "batch": batch, "times": batch if own_times else 1}
     ((forward, backward),) = run_on_ranks(
-        1, "tests.planning.test_counts:counted_flops", transformer=transformer, grid=grid, text=text, batch=batch
+        1, "tests.planning.test_counts:counted_flops", transformer=transformer, **given
     )
     config = HunyuanVideoConfig.from_diffusers(transformer)
-    formula = stage_flops(Place(config, 0, grid[0] * grid[1] * grid[2], batch), text)
+    formula = stage_flops(Place(config, 0, grid[0] * grid[1] * grid[2], batch, own_times=own_times), text)
     assert forward == formula.forward.gemm
     assert backward == formula.backward.gemm + formula.again.gemm
 
