@@ -131,6 +131,7 @@ def model_config(config: Config, transformer: dict[str, Any]) -> HunyuanVideoCon
         pipeline_layout=layout.pipeline_layout,
         dtype=DTYPES[config.precision.dtype],
         recompute=config.precision.recompute,
+        compile_elementwise=config.precision.compile,
         **fp8_fields(config.precision),
     )
 

@@ -46,6 +46,7 @@ class PrecisionConfig:
     fp8_first_bf16: int = 0  # blocks at the beginning of the model that stay bf16 (ours)
     fp8_last_bf16: int = 0  # blocks at its end that stay bf16 (ours)
     recompute: Literal["none", "selective", "full"] = "none"  # activation recomputation in the backward
+    compile: bool = False  # torch.compile of norms, modulation, gates and RoPE: one kernel each, fp32 inside (ours)
     threads: int | None = None  # CPU threads of each process; None: PyTorch's or OMP_NUM_THREADS' choice
 
 

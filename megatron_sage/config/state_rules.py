@@ -1,10 +1,12 @@
 """Rules of precision, optimizer, adapters and checkpoints: which settings exclude each other, and what they need."""
 
 import importlib.util
+import os
+import shutil
 from typing import Any
 
 from megatron_sage.config.loading import nearest
-from megatron_sage.config.schema import Config
+from megatron_sage.config.schema import Config, PrecisionConfig
 from megatron_sage.errors import UserError
 
 
@@ -18,6 +20,8 @@ def check_precision(config: Config, here: bool = True) -> None:
     `here`: this machine is to run it.
     """
     precision = config.precision
+    if here:
+        check_compiler(precision)
     for key in ("fp8_first_bf16", "fp8_last_bf16"):
         if getattr(precision, key) < 0:
             _refuse(f"precision.{key}", getattr(precision, key), "must be >= 0")
@@ -31,6 +35,21 @@ def check_precision(config: Config, here: bool = True) -> None:
         _refuse("precision.fp8", precision.fp8, rule)
     if here and (obstacle := fp8_obstacle(precision.fp8_recipe)):
         _refuse("precision.fp8", precision.fp8, obstacle)
+
+
+def check_compiler(precision: PrecisionConfig) -> None:
+    """UserError where `precision.compile` has nothing to compile with on this machine."""
+    if not precision.compile:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        missing = None if importlib.util.find_spec("triton") else "the package triton"
+    else:
+        compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
+        missing = None if any(name and shutil.which(name) for name in compilers) else "a C++ compiler (g++, or CXX)"
+    if missing:
+        _refuse("precision.compile", True, f"needs {missing}, which is not here; install it or set false")
 
 
 def check_fp8_blocks(config: Config, num_layers: int) -> None:

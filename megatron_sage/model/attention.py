@@ -60,7 +60,7 @@ class JointAttention(MegatronModule):
         self.tp_group = pg_collection.tp
         self.last = last
         self.recompute = selective_modules(config)
-        self.ops, self.eps = kernels(), config.layernorm_epsilon
+        self.ops, self.eps = kernels(config.compile_elementwise), config.layernorm_epsilon
         self.img_qkv, self.txt_qkv = (self._qkv(submodules.qkv) for _ in range(2))
         self.img_proj, self.txt_proj = (self._proj(submodules.proj) for _ in range(2))
         # the words q_layernorm and k_layernorm make Megatron sum these weights' gradients over TP

@@ -55,7 +55,7 @@ class DoubleStreamBlock(MegatronModule):
         self.tp_group = pg_collection.tp
         self.last = last
         self.recompute = selective_modules(config)
-        self.ops = kernels()
+        self.ops = kernels(config.compile_elementwise)
         self.norm1 = AdaModulation(config, submodules.modulation_linear, pg_collection)
         self.norm1_context = AdaModulation(config, submodules.modulation_linear, pg_collection)
         self.attn = build_module(submodules.attention, config=config, pg_collection=pg_collection, last=last)

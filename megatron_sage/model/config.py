@@ -78,6 +78,8 @@ class HunyuanVideoConfig(TransformerConfig):
     """`_diffusers_version` of the config.json, kept so that it can be written back as it was."""
     context_backend: str = AUTO
     """How attention exchanges tokens over CP; `auto` is resolved on construction."""
+    compile_elementwise: bool = False
+    """`torch.compile` of what is between the GEMMs and attention (`elementwise.kernels`)."""
     fp8_first_bf16: int = 0
     """Blocks at the beginning of the model that stay bf16 where `fp8` is set. Megatron's `first_last_layers_bf16` is
     not used: it goes by its own block and refuses the delayed recipe."""

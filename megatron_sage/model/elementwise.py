@@ -122,12 +122,18 @@ def _modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> tor
 
 def _modulated_backward(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, grad: torch.Tensor) -> Tensors:
     """Gradients of x, shift and scale."""
+    dx, dshift, dscale = _wide_backward(x, shift, scale, grad)
+    return dx.to(x.dtype), dshift, dscale
+
+
+def _wide_backward(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, grad: torch.Tensor) -> Tensors:
+    """The same with x's in fp32."""
     wide, grad, size = x.float(), grad.float(), x.shape[-1:]
     normed, mean, rstd = torch.native_layer_norm(wide, size, None, None, EPS)
     inner = grad * (1 + scale.float())
     only_input = [True, False, False]
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(inner, wide, size, mean, rstd, None, None, only_input)
-    return dx.to(x.dtype), _summed(grad, shift), _summed(grad * normed, scale)
+    return dx, _summed(grad, shift), _summed(grad * normed, scale)
 
 
 def _gated_modulated(
@@ -146,9 +152,9 @@ def _gated_modulated_backward(
     grad_y: torch.Tensor,
     grad_normed: torch.Tensor,
 ) -> Tensors:
-    dx, dshift, dscale = _modulated_backward(torch.addcmul(x, branch, gate), shift, scale, grad_normed)
-    dx = dx + grad_y
-    return dx, dx * gate, _summed(dx.float() * branch.float(), gate), dshift, dscale
+    dx, dshift, dscale = _wide_backward(torch.addcmul(x, branch, gate), shift, scale, grad_normed)
+    dx = dx + grad_y.float()
+    return dx.to(x.dtype), (dx * gate.float()).to(x.dtype), _summed(dx * branch.float(), gate), dshift, dscale
 
 
 def _gated(x: torch.Tensor, branch: torch.Tensor, bias: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -157,8 +163,9 @@ def _gated(x: torch.Tensor, branch: torch.Tensor, bias: torch.Tensor, gate: torc
 
 def _gated_backward(branch: torch.Tensor, bias: torch.Tensor, gate: torch.Tensor, grad: torch.Tensor) -> Tensors:
     """Gradients of branch, bias and gate; x's is `grad` itself."""
-    inner = grad * gate
-    return inner, _summed(inner, bias), _summed(grad.float() * (branch + bias).float(), gate)
+    wide = grad.float()
+    inner = wide * gate.float()
+    return inner.to(grad.dtype), _summed(inner, bias), _summed(wide * (branch + bias).float(), gate)
 
 
 def _summed(grad_SBH: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -196,15 +203,15 @@ def _head_norm_backward(
 
 
 def _rotated_complex(x: torch.Tensor, rotation: torch.Tensor, sign: int) -> torch.Tensor:
-    """Interleaved channel pairs (2i, 2i+1) of [S, B, N, D] fp32 times complex [S, D/2], or its inverse."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    turned = rotation if sign > 0 else rotation.conj()
+    """Interleaved channel pairs (2i, 2i+1) of [S, B, N, D] fp32 times (cos, sin) [S, D/2, 2], or its inverse."""
+    pairs, turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))), torch.view_as_complex(rotation)
+    turned = turned if sign > 0 else turned.conj()
     return torch.view_as_real(pairs * turned[:, None, None]).flatten(-2)
 
 
 def _rotated(x: torch.Tensor, rotation: torch.Tensor, sign: int) -> torch.Tensor:
     """The same in real numbers: the compiler fuses no complex ones."""
-    parts = torch.view_as_real(rotation)[:, None, None]
+    parts = rotation[:, None, None]
     cos, sin = parts[..., 0], parts[..., 1] * sign
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)

@@ -34,7 +34,7 @@ class JointHeads:
 
     def __call__(self, video: torch.Tensor, text: torch.Tensor, whole: bool = False) -> Heads:
         """Projections [tokens, B, N, 3, D]."""
-        inputs = (video, text, self.rotations[whole], *self.weights)
+        inputs = (video, text, torch.view_as_real(self.rotations[whole]), *self.weights)
         if not (self.rebuild and torch.is_grad_enabled()):
             q, k, v = _Join.apply(self, None, *inputs)
             return Heads(q, k, v)

@@ -99,7 +99,7 @@ class AdaLayerNormOut(MegatronModule):
     def __init__(self, config: HunyuanVideoConfig, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config=config)
         self.tp_group = pg_collection.tp
-        self.ops = kernels()
+        self.ops = kernels(config.compile_elementwise)
         self.linear = torch.nn.Linear(config.hidden_size, 2 * config.hidden_size)
 
     def forward(self, x_SBH: torch.Tensor, silu_temb_BH: torch.Tensor) -> torch.Tensor:

@@ -193,6 +193,7 @@ def _shortened(config: Config, gpus: int, steps: int) -> Config:
     data = parallel.data or max(1, gpus // (parallel.tensor * parallel.context * parallel.pipeline))
     config.grpo.prompts_per_iteration = data
     config.sampler.num_steps = steps
+    config.precision.compile = False  # the same operations and kept tensors; a compiler wants data
     window = config.sampler.sde_window
     if window.size is not None:
         window.size, window.start = min(window.size, config.sampler.num_steps), 0
