@@ -23,9 +23,12 @@ def main(argv: list[str] | None = None) -> int:
         return _report(f"--minutes {options.minutes:g}: must be > 0")
     if options.device == "cpu" and "torch" not in sys.modules:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: the whole program asks torch for a GPU
-    from benchmarks.gpu.command import run
-    from megatron_sage.errors import UserError
-
+    try:
+        from benchmarks.gpu.command import run
+        from megatron_sage.errors import UserError
+    except ModuleNotFoundError as error:
+        package = {"megatron": "megatron-core"}.get(str(error.name), error.name)
+        return _report(f"the package {package} is not installed; benchmarks/README.md says what must be there")
     try:
         return run(options)
     except UserError as error:
