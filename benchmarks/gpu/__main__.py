@@ -21,6 +21,8 @@ def main(argv: list[str] | None = None) -> int:
         return _report(f"--only {unknown[0]}: unknown section; {cure}choose from {', '.join(NAMES)}")
     if options.minutes <= 0:
         return _report(f"--minutes {options.minutes:g}: must be > 0")
+    if options.device == "cpu" and not options.small:
+        return _report("--device cpu: the released model's sizes take a CPU days; add --small")
     if options.device == "cpu" and "torch" not in sys.modules:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: the whole program asks torch for a GPU
     try:

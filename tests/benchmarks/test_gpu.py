@@ -274,6 +274,15 @@ def test_numbers_that_json_does_not_know_are_refused() -> None:
         command.finite({"name": "row", "ms": 1.0, "mfu": math.inf})
 
 
+@pytest.mark.parametrize(("arguments", "said"), [(["--device", "cpu"], "add --small"), (["--minutes", "0"], "> 0")])
+def test_wrong_arguments_fail_in_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
 @without_cuda
 def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--small", "--only", "syncs"]) == 2
