@@ -12,15 +12,11 @@ import torch
 from benchmarks import common
 from benchmarks.gpu.bench import Bench, Row, failed, one_line, skipped, timed
 from benchmarks.gpu.models import Chain, Grid, chain_bytes, chain_flops, config_of, place_of, random_dit
+from megatron_sage.model.elementwise import Kernels, kernels
 from megatron_sage.planning.sizes import total_parameters
 from megatron_sage.planning.workspace import backward_workspace
 
 RECOMPUTE = ("none", "selective", "full")
-# Functions of single elements or rows, and the modules whose names for them the blocks use.
-ELEMENTWISE = (
-    ("megatron_sage.model.block", "modulated_layer_norm"),
-    ("megatron_sage.model.attention", "rotate"),
-)
 FP8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"}
 
 
@@ -149,22 +145,22 @@ def _compiler(bench: Bench) -> Callable[..., Any]:
 
 
 def _elementwise(bench: Bench, chain: Chain) -> tuple[Active, dict[str, Any]]:
-    modules = [(importlib.import_module(path), name) for path, name in ELEMENTWISE]
-    there = [(module, name, getattr(module, name)) for module, name in modules if hasattr(module, name)]
-    compiled = [_compiler(bench)(original) for _, _, original in there]
+    """What model/elementwise.py offers; without a GPU only traced, as `_compiler` does."""
+    plain = kernels()
+    compiled = kernels(compiled=True) if bench.cuda else Kernels(*map(_compiler(bench), plain))
+    owners = [m for module in chain.modules for m in module.modules() if isinstance(getattr(m, "ops", None), Kernels)]
 
     @contextmanager
     def active() -> Iterator[None]:
-        for (module, name, _), function in zip(there, compiled, strict=True):
-            setattr(module, name, function)
+        for owner in owners:
+            owner.ops = compiled
         try:
             yield
         finally:
-            for module, name, original in there:
-                setattr(module, name, original)
+            for owner in owners:
+                owner.ops = plain
 
-    missing = [name for module, name in modules if not hasattr(module, name)]
-    return active, {"compiled": [name for _, name, _ in there]} | ({"not_found": missing} if missing else {})
+    return active, {"compiled": list(Kernels._fields), "modules": len(owners)}
 
 
 def _whole(bench: Bench, chain: Chain) -> tuple[Active, dict[str, Any]]:

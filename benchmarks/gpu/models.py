@@ -12,6 +12,7 @@ from benchmarks.gpu.sizes import tokens
 from megatron_sage.grpo.schedule import shifted_sigmas
 from megatron_sage.grpo.sde import step_coefficients
 from megatron_sage.model import HunyuanVideoConfig, HunyuanVideoDiT, TextCondition
+from megatron_sage.parallel.kept import KeptBytes
 from megatron_sage.planning.flops import Flops, StageFlops, Text, stage_flops
 from megatron_sage.planning.saved import block_bytes
 from megatron_sage.planning.traffic import Place
@@ -116,22 +117,12 @@ class Chain:
         torch.autograd.backward(self.run(), self.gradients)
 
     def kept_bytes(self) -> int:
-        """Counted by hooks: every storage that a forward keeps for the backward, once; neither parameters nor the
-        rotations, which are there anyway."""
-        known = {p.untyped_storage().data_ptr() for p in self.dit.parameters()}
-        known |= {x.untyped_storage().data_ptr() for x in (self.layout.rotation, self.temb)}
-        kept: dict[int, int] = {}
-
-        def pack(x: torch.Tensor) -> torch.Tensor:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in known:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return x.detach()  # x itself, where a node keeps its own output, is a circle that is never freed
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        """Counted: what a forward keeps for the backward; neither parameters nor what is there anyway."""
+        known = (*self.dit.parameters(), *self.layout.rotations, self.temb)
+        with KeptBytes(known) as kept:
             out = self.run()
         del out
-        return sum(kept.values())
+        return kept.total
 
     @property
     def recompute(self) -> str:
@@ -158,7 +149,7 @@ def chain_flops(bench: Bench, grid: Grid, blocks: int, recompute: str = "none") 
 
 def chain_bytes(bench: Bench, place: Place, blocks: int) -> float:
     """By the planner: what autograd keeps of so many blocks."""
-    return blocks * block_bytes(place, bench.sizes.text, False, fused_norm=bench.cuda)
+    return blocks * block_bytes(place, bench.sizes.text, False)
 
 
 def _less(a: Flops, b: Flops) -> Flops:
