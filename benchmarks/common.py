@@ -47,13 +47,16 @@ def _cpu() -> str:
 
 
 def in_turn(
-    sides: Mapping[str, Callable[[], Any]], repeats: int, synchronize: Callable[[], None] = lambda: None
+    sides: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    synchronize: Callable[[], None] = lambda: None,
+    warm: bool = True,
 ) -> dict[str, list[float]]:
-    """Seconds of every side in every repeat; all sides run once before, to warm up, and then in turn.
+    """Seconds of every side in every repeat; all sides run once before (`warm`), and then in turn.
 
     The order changes from repeat to repeat: what runs first finds other caches.
     """
-    for side in sides.values():
+    for side in sides.values() if warm else ():
         side()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
