@@ -35,8 +35,9 @@ class HostSyncs:
 
     def __enter__(self) -> "HostSyncs":
         for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
-            self._real[owner] = owner.synchronize
-            owner.synchronize = self._synchronize
+            if hasattr(owner, "synchronize"):  # what stands for a stream on a CPU has none
+                self._real[owner] = owner.synchronize
+                owner.synchronize = self._synchronize
         for mode in self._modes:
             mode.__enter__()
         return self
