@@ -167,8 +167,8 @@ Counted = tuple[dict[str, Any], list[list[dict[str, Any]]]]
 
 
 def test_host_syncs_do_not_grow(counted: Counted) -> None:
-    """Whatever the number of steps, flights and pairs: none in the reference pass, one an update in the replay (is any
-    sample trained?), two behind a rollout (how busy was the pipeline?)."""
+    """Whatever the number of steps, flights and pairs: none in the reference pass, one an update and chunk in the replay
+    (is any sample trained?), two behind a rollout (how busy was the pipeline?)."""
     for sizes in counted[1]:
         for one in sizes:
             found = {name: Counter(phase["syncs"]) for name, phase in one["counted"].items()}
@@ -177,7 +177,7 @@ def test_host_syncs_do_not_grow(counted: Counted) -> None:
             assert one["batch_p2p_sync"] or not exchanges
             found["replay"] -= exchanges
             totals = {name: where.total() for name, where in found.items()}
-            assert totals["rollout"] <= 2 and totals["reference"] == 0 and totals["replay"] <= 1, found
+            assert totals["rollout"] <= 2 and totals["reference"] == 0 and totals["replay"] <= len(one["blocks"]), found
             assert found["advantages"] == Counter(sizes[0]["counted"]["advantages"]["syncs"]), found
 
 
