@@ -73,8 +73,8 @@ def count(arguments: list[str], processes: int) -> dict[str, Any]:
 
     from megatron_sage.engine import read_transformer_config
     from megatron_sage.parallel.traffic import CollectiveCounter
-    from megatron_sage.planning.flops import Text
     from megatron_sage.planning.floor import Setting, moved_phases
+    from megatron_sage.planning.flops import Text
     from megatron_sage.planning.plan import places_of
     from megatron_sage.planning.traffic import micro_batch
     from megatron_sage.planning.workload import Workload
@@ -166,8 +166,8 @@ def real(video: str, names: list[str]) -> list[dict[str, Any]]:
 def _released(name: str, size: tuple[int, int, int]) -> dict[str, Any]:
     from megatron_sage.config import load_config
     from megatron_sage.config.validation import validate_layout
-    from megatron_sage.planning.flops import Text
     from megatron_sage.planning.floor import Setting
+    from megatron_sage.planning.flops import Text
     from megatron_sage.planning.plan import places_of
     from megatron_sage.planning.traffic import micro_batch
     from megatron_sage.planning.wires import Wires
@@ -228,9 +228,7 @@ def _stage(place: Any, work: Any, setting: Any, wires: Any) -> dict[str, Any]:
         "sent_ratio": sent(total, wires) / sent(floor, wires),
         "sent_ratio_without_second_gather": sent(total, wires) / sent(without, wires),
         "network": network,
-        "phases": {
-            name: {"sent": sent(moved[name], wires), "floor": sent(least[name], wires)} for name in moved
-        },
+        "phases": {name: {"sent": sent(moved[name], wires), "floor": sent(least[name], wires)} for name in moved},
         "excess": excess(place, work, setting, wires),
     }
 

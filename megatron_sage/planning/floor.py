@@ -1,4 +1,4 @@
-"""The least bytes that the chosen scheme of parallelism moves, and what is moved beyond them (docs/traffic.md, "Floor").
+"""The least bytes that the chosen scheme of parallelism moves, and what is moved beyond them (docs/traffic.md).
 
 Derived apart from `planning.traffic`: token counts are real numbers, so nothing is filled up, and modulation, scalars
 and statistics cost nothing. Payloads as `parallel.traffic` defines them, of one rank, by (operation, group).
@@ -118,11 +118,11 @@ def floor_phases(place: Place, work: Workload, setting: Setting) -> dict[str, Tr
     stages, local = len(place.config.stage_blocks), place.video_tokens / _splits(place)
     latents = LATENT * local * work.batch * place.config.out_channels
     if stages > 1 and place.stage == stages - 1:  # to the first stage, for the next step
-        rollout["send", "pp"] += work.flights * (work.steps - 1) * latents
+        rollout += _one("send", "pp", work.flights * (work.steps - 1) * latents)
     for text in work.training_texts:
         reference += _scaled(floor_forward(place, text.total), work.pairs * len(work.references))
     if setting.sharded and place.data * place.config.context_parallel_size > 1:
-        reference["all_gather", "dp_cp"] += _streamed(place, work)
+        reference += _one("all_gather", "dp_cp", _streamed(place, work))
     whole = replace(place, batch=place.batch * work.replay)
     one = floor_micro_batch(whole, [text.total for text in work.training_texts], setting.gathers_again)
     train = _scaled(one, work.pairs / work.replay) + _scaled(floor_update(place), work.updates)
@@ -219,9 +219,9 @@ def _to_decoders(place: Place, work: Workload, latents: float) -> Traffic:
     """Each finished video once to the rank that decodes it: over the stages, then over those that split its tokens."""
     stages, total = len(place.config.stage_blocks), Traffic()
     if stages > 1 and place.stage == stages - 1:
-        total["send", "pp"] = work.flights * latents * (stages - 1) / stages
+        total += _one("send", "pp", work.flights * latents * (stages - 1) / stages)
     if _splits(place) > 1:
-        total["all_to_all", "tp_cp" if place.split > 1 else "cp"] = work.flights * latents / stages
+        total += _one("all_to_all", "tp_cp" if place.split > 1 else "cp", work.flights * latents / stages)
     return total
 
 
@@ -236,6 +236,10 @@ def _optimizer(place: Place, work: Workload, muon: bool) -> Traffic:
         matrices = sum(part.matrices for pair in parts for part in pair)
         total["all_gather", "tp"] = work.updates * MASTER * matrices * config.tensor_model_parallel_size
     return total
+
+
+def _one(operation: str, group: str, payload: float) -> Traffic:
+    return Counter({(operation, group): payload})  # type: ignore[dict-item]
 
 
 def _scaled(traffic: Traffic, factor: float) -> Traffic:

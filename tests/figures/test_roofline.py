@@ -1,4 +1,4 @@
-"""The roofline's numbers: documented ones are this version's, and its bytes of device memory are counted by hand once."""
+"""The roofline's numbers: documented ones are this version's; bytes of device memory are counted by hand once."""
 
 import csv
 import math
@@ -32,7 +32,9 @@ def test_device_memory_of_a_forward_by_hand() -> None:
     place = Place(config, 0, 1000, 2)
     weights = 2 * sum(count.elements for count in chunk_counts(config, 0))
     assert forward_bytes(place, 24) == 3 * 1024 * 2 * 4096 * 42 + weights
-    config = HunyuanVideoConfig.from_diffusers({"num_layers": 3}, dtype=torch.bfloat16, tensor=4, sequence_parallel=True)
+    config = HunyuanVideoConfig.from_diffusers(
+        {"num_layers": 3}, dtype=torch.bfloat16, tensor=4, sequence_parallel=True
+    )
     weights = 2 * sum(count.elements for count in chunk_counts(config, 0))
     rows = 10 / 4 + 4 + 28 / 4
     assert forward_bytes(Place(config, 0, 1000, 2), 24) == 3 * 1024 * 2 * 4096 * rows + weights

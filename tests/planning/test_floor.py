@@ -1,4 +1,4 @@
-"""The floor of the traffic: below what is moved by named terms only, and within 2 % of it at the released model's sizes."""
+"""The floor of the traffic: what is moved is above it by named terms only, and by 2 % at most at real sizes."""
 
 import random
 from collections import Counter
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from megatron_sage.model.config import HunyuanVideoConfig
-from megatron_sage.planning.flops import Text
 from megatron_sage.planning.floor import (
     Setting,
     excess,
@@ -20,6 +19,7 @@ from megatron_sage.planning.floor import (
     moved_phases,
     sent,
 )
+from megatron_sage.planning.flops import Text
 from megatron_sage.planning.traffic import Place, forward_only, micro_batch
 from megatron_sage.planning.wires import Wires
 from megatron_sage.planning.workload import Workload

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.parallel.pool import run_on_ranks
 
@@ -167,8 +166,8 @@ Counted = tuple[dict[str, Any], list[list[dict[str, Any]]]]
 
 
 def test_host_syncs_do_not_grow(counted: Counted) -> None:
-    """Whatever the number of steps, flights and pairs: none in the reference pass, one an update and chunk in the replay
-    (is any sample trained?), two behind a rollout (how busy was the pipeline?)."""
+    """Whatever the number of steps, flights and pairs: none in the reference pass, one for each update and chunk in the
+    replay (is any sample trained?), two behind a rollout (how busy was the pipeline?)."""
     for sizes in counted[1]:
         for one in sizes:
             found = {name: Counter(phase["syncs"]) for name, phase in one["counted"].items()}
