@@ -188,7 +188,7 @@ def _released(name: str, size: tuple[int, int, int]) -> dict[str, Any]:
     setting = Setting(config.kl.anchor_sharded, config.optimizer.name == "muon")
     stages = [_stage(place, work, setting, wires) for place in places]
     worst = max(range(len(stages)), key=lambda n: stages[n]["bytes"])
-    row, whole = stages[worst], _replayed(places[worst], work.replay)
+    row, whole = stages[worst], work.replayed(places[worst])
     one = micro_batch(whole, [text.total for text in work.training_texts], loss_terms=work.loss_terms)
     reasons = row.pop("excess")
     return {
@@ -201,12 +201,6 @@ def _released(name: str, size: tuple[int, int, int]) -> dict[str, Any]:
         "ratio_of_the_worst_stage": max(stage["ratio"] for stage in stages),
         "excess_percent": {key: 100 * value / row["sent_floor"] for key, value in reasons.items()},
     }
-
-
-def _replayed(place: Any, pairs: int) -> Any:
-    from dataclasses import replace
-
-    return replace(place, batch=place.batch * pairs)
 
 
 def _stage(place: Any, work: Any, setting: Any, wires: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ and statistics cost nothing. Payloads as `parallel.traffic` defines them, of one
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_sage.parallel.context import ULYSSES
 from megatron_sage.parallel.traffic import wire_bytes
@@ -92,7 +92,7 @@ def floor_micro_batch(place: Place, texts: Sequence[int], gathers_again: bool = 
                 forward, backward = floor_block(place, text, last, gathers_again)
                 total += _scaled(forward + backward + _repeated(place, text, last, forward), count)
         if place.config.sequence_parallel and place.stage == 0:  # the embedders are whole on every rank
-            total["all_gather", "tp"] += text * place.batch * place.config.hidden_size * place.element
+            total["all_gather", "tp"] += text * place.times * place.config.hidden_size * place.element
         total += _scaled(_crossing(place, text), sum(_boundaries(place)))
     return total
 
@@ -123,8 +123,7 @@ def floor_phases(place: Place, work: Workload, setting: Setting) -> dict[str, Tr
         reference += _scaled(floor_forward(place, text.total), work.pairs * len(work.references))
     if setting.sharded and place.data * place.config.context_parallel_size > 1:
         reference += _one("all_gather", "dp_cp", _streamed(place, work))
-    whole = replace(place, batch=place.batch * work.replay)
-    one = floor_micro_batch(whole, [text.total for text in work.training_texts], setting.gathers_again)
+    one = floor_micro_batch(work.replayed(place), [text.total for text in work.training_texts], setting.gathers_again)
     train = _scaled(one, work.pairs / work.replay) + _scaled(floor_update(place), work.updates)
     phases = {"rollout": rollout, "reference": reference, "decode": _to_decoders(place, work, latents), "train": train}
     return phases | {"optimizer": _optimizer(place, work, setting.muon)}

@@ -1,4 +1,4 @@
-"""A rollout and a reference pass wait for nothing. NOT VERIFIED ON GPU: written on a machine without one, skipped there.
+"""A rollout and a reference pass wait for nothing. NOT VERIFIED ON GPU: written without one, skipped where none is.
 
 One GPU. PyTorch raises where the host would wait (`torch.cuda.set_sync_debug_mode`), which it can only know of a GPU;
 `tests/training/test_counts.py` counts the same on CPU, for whole iterations.

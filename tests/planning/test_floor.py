@@ -38,7 +38,7 @@ def place_of(**options: Any) -> Place:
 def work_of(grid: tuple[int, int, int], texts: tuple[int, int], **changes: Any) -> Workload:
     both = tuple(Text(n) for n in texts)
     base = Workload(
-        grid=grid, flights=8, batch=1, steps=20, trained=20, kept=21, rollout_texts=both, training_texts=both,
+        grid=grid, groups=2, flights=8, batch=1, steps=20, trained=20, kept=21, rollout_texts=both, training_texts=both,
         updates=1, replay=1, references=("moving",), adapters_off=False, keeps_velocity=False, loss_terms=2,
         reference_in_training=False, anchor_interval=10, prompts=4,
     )  # fmt: skip
@@ -74,7 +74,8 @@ def test_where_all_divides_only_modulation_and_scalars_are_above(seed: int) -> N
             tensor=tensor, context=context, pipeline=stages, stage=stage, layers=layers, tokens=tokens, batch=batch,
             recompute=recompute,
         )  # fmt: skip
-        blocks, row = len(place.config.stage_blocks[stage][0]), batch * 2048 * 2
+        place = replace(place, own_times=draw.random() < 0.5)
+        blocks, row = len(place.config.stage_blocks[stage][0]), place.times * 2048 * 2
         for text in texts:
             above = Counter(forward_only(place, text))
             above.subtract({k: v for k, v in floor_forward(place, text).items() if k[0] != "send"})
@@ -83,7 +84,7 @@ def test_where_all_divides_only_modulation_and_scalars_are_above(seed: int) -> N
         above.subtract(floor_micro_batch(place, texts))
         first = 12 * row * blocks * 2 * (2 if recompute == "full" else 1)  # twice: both branches
         expected = {("all_gather", "tp"): first, ("reduce_scatter", "tp"): 12 * row * blocks * 2}
-        expected["all_reduce", "tp"] = 2 * row * blocks * 2 + (2 * row * 2 if stage == stages - 1 else 0)
+        expected["all_reduce", "tp"] = row * 2 + (2 * row * 2 if stage == stages - 1 else 0)
         if stage == stages - 1:
             expected["all_reduce", "tp_cp"] = 2 * 8 * batch
         assert {k: v for k, v in above.items() if v} == expected

@@ -18,8 +18,7 @@ MODEL = {"num_attention_heads": 8, "attention_head_dim": 12, "num_layers": LAYER
 # denoising steps, samples of a group, updates: 15 video tokens, texts of 1, 3, 6 or 9 words, two samples a micro-batch
 SIZES = {1: [(2, 2, 1), (3, 4, 2), (2, 8, 1)], 2: [(2, 2, 1), (3, 4, 2)], 4: [(2, 2, 1), (3, 4, 2)]}  # by processes
 
-# Calls of collectives of one block and branch. Gathers of modulation: one for each stream's [B, 6H].
-MODULATION = 2
+MODULATION = 1  # gathers of a block and branch: of both streams' [B, 6H] together
 
 
 class Counts:
@@ -96,22 +95,30 @@ def expected(trainer: Any, trajectories: list[Any], pairs: list[tuple[int, int]]
     assert places_of(config, model.to_diffusers())[groups.pp_rank].config.stage_blocks == model.stage_blocks
     steps, references = config.sampler.num_steps, len(trainer.reference.kinds)
     batches = trainer.replay.batches(trajectories, pairs)
-    gemm: Counter[str] = Counter()
+    gemm: dict[str, float] = {"replay": 0.0}
 
-    def parts(trajectory: Any, network: Any, batch: int) -> list[Any]:
-        place = Place(model, groups.pp_rank, engine.shape.shard.num_tokens, batch)
-        texts = [network.text(trajectory.prompt, branch) for branch in range(network.branches)]
+    def parts(network: Any, prompt: Any, batch: int, own_times: bool = False) -> list[Any]:
+        place = Place(model, groups.pp_rank, engine.shape.shard.num_tokens, batch, own_times=own_times)
+        texts = [network.text(prompt, branch) for branch in range(network.branches)]
         lengths = [Text(t.qwen_BLD.shape[1], t.byt5_BLD.shape[1], t.image_BLD.shape[1]) for t in texts]
         return [stage_flops(place, text, groups.cp_rank, groups.tp_rank) for text in lengths]
 
-    for trajectory in trajectories:
-        size, trained = len(trajectory.samples), len(trainer.table.trained_steps)
-        gemm["rollout"] += steps * sum(p.forward.gemm for p in parts(trajectory, engine.rollout_network(), size))
-        here = sum(p.forward.gemm for p in parts(trajectory, engine.training_network(), size))
-        gemm["reference"] += references * trained * here
+    def without_gradient(network: Any, steps: int) -> float:
+        """Every distinct text, of a prompt or the negative, is embedded once a step."""
+        total, seen = 0.0, set()
+        for trajectory in trajectories:
+            found = parts(network, trajectory.prompt, len(trajectory.samples))
+            for branch, part in enumerate(found):
+                text = id(network.text(trajectory.prompt, branch))
+                total += part.without_gradient(steps, 0 if text in seen else steps).gemm
+                seen.add(text)
+        return total
+
+    gemm["rollout"] = without_gradient(engine.rollout_network(), steps)
+    gemm["reference"] = references * without_gradient(engine.training_network(), len(trainer.table.trained_steps))
     for batch in batches:
         size = sum(len(trajectories[number].samples) for number, _ in batch)
-        for p in parts(trajectories[batch[0][0]], engine.training_network(), size):
+        for p in parts(engine.training_network(), trajectories[batch[0][0]].prompt, size, len(batch) > 1):
             gemm["replay"] += p.forward.gemm + p.backward.gemm + p.again.gemm
     branches = engine.rollout_network().branches, engine.training_network().branches
     return {
@@ -120,7 +127,7 @@ def expected(trainer: Any, trajectories: list[Any], pairs: list[tuple[int, int]]
             "reference": len(pairs) * branches[1] * references,
             "replay": len(batches) * branches[1],
         },
-        "gemm": dict(gemm),
+        "gemm": gemm,
         "blocks": [len(blocks) for blocks in model.stage_blocks[groups.pp_rank]],
         "has_last": any(LAYERS - 1 in blocks for blocks in model.stage_blocks[groups.pp_rank]),
         "ends": (groups.is_first_stage, groups.is_last_stage),
@@ -203,16 +210,15 @@ def block_calls(options: dict[str, Any], last: bool) -> tuple[Counter, Counter]:
     forward, backward = Counter(), Counter()
     columns, rows = (3, 2) if last else (4, 4)  # qkv and fc1, proj and fc2; of both streams, the last block's video
     if options.get("parallel.tensor", 1) > 1:
-        forward["all_gather", "tp"] = backward_modulation = MODULATION
-        backward["all_reduce", "tp"] = MODULATION  # gradient of SiLU(temb)
+        forward["all_gather", "tp"] = MODULATION
         if options.get("parallel.sequence", True):
             forward["all_gather", "tp"] += columns
             forward["reduce_scatter", "tp"] = rows
             backward["all_gather", "tp"] = rows + columns
-            backward["reduce_scatter", "tp"] = columns + backward_modulation
+            backward["reduce_scatter", "tp"] = columns + MODULATION
         else:
             forward["all_reduce", "tp"] = rows
-            backward["all_reduce", "tp"] += columns
+            backward["all_reduce", "tp"] = columns
     if options.get("parallel.context", 1) > 1:
         if options.get("parallel.context_backend") == "allgather":
             forward["all_gather", "cp"] = backward["all_gather", "cp"] = backward["reduce_scatter", "cp"] = 1
@@ -256,6 +262,8 @@ def test_calls_of_collectives(counted: Counted) -> None:
                 assert found == times(forward, one["forwards"][phase]), phase
             branches = one["forwards"]["replay"] // one["micro_batches"]
             expected = times(forward + backward, branches)
+            if tensor > 1:
+                expected["all_reduce", "tp"] += branches * len(one["blocks"])  # gradient of SiLU(temb), of each chunk
             if sequence and one["ends"][0]:
                 expected["all_gather", "tp"] += branches  # the text's gradient, for embedders that are whole
             if sequence and one["ends"][1]:
