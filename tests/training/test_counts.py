@@ -15,8 +15,9 @@ from tests.parallel.pool import run_on_ranks
 
 LAYERS = 4
 MODEL = {"num_attention_heads": 8, "attention_head_dim": 12, "num_layers": LAYERS, "rope_axes_dim": (4, 4, 4)}
-# denoising steps, samples of a group, updates: 15 video tokens, texts of 1, 3, 6 or 9 words, two samples a micro-batch
-SIZES = {1: [(2, 2, 1), (3, 4, 2), (2, 8, 1)], 2: [(2, 2, 1), (3, 4, 2)], 4: [(2, 2, 1), (3, 4, 2)]}  # by processes
+# Denoising steps, samples of a group, updates (and pairs of a forward). 15 video tokens, texts of 1, 3, 6 or 9 words,
+# two samples a micro-batch.
+SIZES = [(2, 2, 1), (3, 4, 2)]
 
 MODULATION = 1  # gathers of a block and branch: of both streams' [B, 6H] together
 
@@ -64,7 +65,7 @@ def phases(arguments: list[str], processes: int) -> list[dict[str, Any]]:
     for number in range(len(trainer.prompts)):
         trainer.prompts[number]  # read from the disk and copied to the device once, when asked for first
     found = []
-    for steps, samples, updates in SIZES[processes]:
+    for steps, samples, updates in SIZES:
         operations = processes == 1 or not found  # counting them takes as long as the rest
         config.sampler.num_steps, config.grpo.group_size, config.grpo.updates_per_rollout = steps, samples, updates
         config.grpo.replay_batch = updates  # 1 or 2 pairs a forward
