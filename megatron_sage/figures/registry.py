@@ -9,6 +9,7 @@ from megatron_sage.figures.gradient_norm import gradient_norm
 from megatron_sage.figures.kl_strategies import kl_strategies
 from megatron_sage.figures.lambda_schedules import lambda_schedules
 from megatron_sage.figures.reward_curves import reward_curves
+from megatron_sage.figures.roofline import roofline
 from megatron_sage.figures.step_std import step_std
 
 
@@ -31,6 +32,7 @@ FIGURES: dict[str, tuple[Callable[[Path, Path], list[Path]], str]] = {
         _alone(lambda_schedules),
         "weight of the KL term under each schedule, for one made-up KL series",
     ),
+    "roofline": (_alone(roofline), "what bounds each phase of an iteration on H100, by formula and data sheet"),
     "reward_curves": (reward_curves, "a study's training reward with and without the equalizer, by sampler"),
     "kl_strategies": (kl_strategies, "a study's training reward, its spread and the KL under five trust regions"),
 }

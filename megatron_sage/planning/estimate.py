@@ -155,9 +155,8 @@ class _Rank:
         settings, work, place, gpu = self.config.optimizer, self.work, self.place, self.gpu
         assumed = gpu.assumptions
         split = place.data * place.config.context_parallel_size if place.distributed else 1
-        # gradients twice for norm and check; then state and weights are read and written
         state = optimizer_bytes_per_replica(self.config, place, count)
-        moved = 8.0 * count.trained + (2 * state + (4 + place.element) * count.trained) / split
+        moved = step_bytes(self.config, place, count)
         seconds, host, flops = moved / (gpu.memory_bandwidth * assumed.memory_efficiency), 0.0, 0.0
         if settings.offload != "none":
             part = settings.offload_fraction / split
@@ -183,6 +182,14 @@ class _Rank:
         share = self.gpu.assumptions.disk_bandwidth / self.gpu.gpus_per_node
         seconds = 0.0 if training.async_save else size / share / training.save_interval
         return self.phase(seconds, 0.0, Traffic(), size if training.async_save else 0.0, size)
+
+
+def step_bytes(config: Config, place: Place, count: Count) -> float:
+    """Of device memory, read and written by one optimizer step."""
+    split = place.data * place.config.context_parallel_size if place.distributed else 1
+    # gradients twice for norm and check; then state and weights are read and written
+    state = optimizer_bytes_per_replica(config, place, count)
+    return 8.0 * count.trained + (2 * state + (4 + place.element) * count.trained) / split
 
 
 def wide(place: Place) -> int:

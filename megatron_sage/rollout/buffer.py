@@ -70,14 +70,15 @@ class MicroTrajectory:
     advantage_B: torch.Tensor | None = None  # float64 [B]
     trained_B: torch.Tensor | None = None  # bool [B]; False: non-finite reward, no gradient
 
-    def keep(self, trained_B: torch.Tensor) -> None:
+    def keep(self, trained_B: torch.Tensor, everything: bool | None = None) -> None:
         """Say which samples are trained on; the others' tensors become zeros.
 
         A zero weight in the loss is not enough: where a dropped sample's latents are nan, zero times nan would put
-        nan into every weight's gradient.
+        nan into every weight's gradient. `everything`: whether that is all of them; None: asked of the tensor, for
+        which the host waits.
         """
         self.trained_B = trained_B
-        if bool(trained_B.all()):
+        if bool(trained_B.all()) if everything is None else everything:
             return
         for kept in (self.latents_SBC, self.velocity_SBC, *self.reference_SBC.values()):
             kept.change(lambda x: torch.where(trained_B[None, :, None], x, 0.0))

@@ -68,4 +68,7 @@ def step_noise(
 ) -> torch.Tensor:
     """This rank's tokens of the noise of one step, float32 [S, B, C]."""
     whole = noise.token_noise(shape.shard.num_tokens, shape.channels, samples, seed, stream, group, step)
-    return shape.shard.shard(whole).to(device)
+    mine = shape.shard.shard(whole)
+    if device.type == "cuda":  # from pageable memory the copy would wait for all that was launched before it
+        mine = mine.pin_memory()
+    return mine.to(device, non_blocking=True)

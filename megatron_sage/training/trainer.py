@@ -212,10 +212,12 @@ class Trainer:
     def _assign_advantages(self, trajectories: list[MicroTrajectory], rewards: np.ndarray, row: dict[str, Any]) -> None:
         found = group_advantages(torch.from_numpy(rewards))
         per_group = self.engine.config.grpo.group_size // self.engine.config.sampler.micro_batch
+        device, trained = self.engine.device, found.mask.numpy()  # on the host: no device is waited for
         for number, trajectory in enumerate(trajectories):
             group, samples = number // per_group, trajectory.samples
-            trajectory.advantage_B = found.advantages[group, samples].to(self.engine.device)
-            trajectory.keep(found.mask[group, samples].to(self.engine.device))
+            trajectory.advantage_B = found.advantages[group, samples].to(device, non_blocking=True)
+            everything = bool(trained[group, samples].all())
+            trajectory.keep(found.mask[group, samples].to(device, non_blocking=True), everything)
         clamped = int((found.advantages.abs() > self.engine.config.grpo.advantage_clip).sum())
         counts = torch.tensor([found.zero_std_groups, found.dropped_groups, clamped], device=self.engine.device)
         dist.all_reduce(counts, group=self.engine.groups.dp)  # each replica has groups of its own: the sum over DP

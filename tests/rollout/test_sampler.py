@@ -37,7 +37,9 @@ class ExactNetwork(Network):
         self.starts = self.ends = True
         self.num_chunks = 1
 
-    def forward(self, chunk: int, x: torch.Tensor, sigma: float, prompt: Prompt, *rest: object) -> torch.Tensor:
+    def forward(
+        self, chunk: int, x: torch.Tensor, sigma: float, prompt: Prompt, *rest: object, **more: object
+    ) -> torch.Tensor:
         return exact_velocity(x, sigma, prompt)
 
 
@@ -112,8 +114,9 @@ class CountingChunk:
         self.calls: list[tuple[int, float]] = []
 
     def __call__(
-        self, video: torch.Tensor, timestep: torch.Tensor, text: TextCondition, grid: object, packed_SBH: None
+        self, video: torch.Tensor, timestep: torch.Tensor, text: TextCondition, grid: object, **rest: None
     ) -> torch.Tensor:
+        assert set(rest.values()) == {None}
         assert timestep.dtype == torch.float32 and video.dtype == torch.bfloat16
         assert video.shape[-1] == 9 and not video[..., 6:].any()
         self.calls.append((text.qwen_BLD.shape[1], float(timestep[0])))
