@@ -93,7 +93,7 @@ BASE: dict[str, Any] = {
     "kl.anchor_interval": 3,
     "seed": 1,
 }
-TINY = {"video.frames": 81, "video.height": 32, "video.width": 48, "sampler.num_steps": 8, "sampler.shift": 3}
+TINY = {"video.frames": 81, "video.height": 32, "video.width": 48, "sampler.num_steps": 4, "sampler.shift": 3}
 WIDE = {"video.frames": 81, "video.height": 64, "video.width": 80, "sampler.num_steps": 2}
 LEAST = {"video.frames": 17, "video.height": 16, "video.width": 48, "sampler.num_steps": 2, "kl.anchor_interval": 1}
 CASES = (

@@ -104,15 +104,15 @@ class Side:
             # diffusers' [B, C, T, H, W] in a tuple, ours [S, B, C]
             self._count("videos", out[0].shape[0] if isinstance(out, tuple) else out.shape[1])
 
-        def refined(module: torch.nn.Module, inputs: Any, out: torch.Tensor) -> None:
+        def refined(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             self._count("refiner_runs")
-            self._count("refiner_texts", len(out))
+            self._count("refiner_texts", max(len(inputs[0]), len(inputs[1])))  # of the text, and of its condition
 
         for model in self.models:
             stack.callback(model.register_forward_hook(forward).remove)
-            # the refiner's first layer, which has the same name in both models
-            refiner = model.get_submodule("context_embedder.proj_in")
-            stack.callback(refiner.register_forward_hook(refined).remove)
+            # Same name and inputs in both models. Before it runs: a recomputation may end inside.
+            refiner = model.get_submodule("context_embedder.token_refiner.refiner_blocks.0")
+            stack.callback(refiner.register_forward_pre_hook(refined).remove)
         self._flops = stack.enter_context(flop_counter()).get_total_flops
 
     def _count(self, what: str, number: int = 1) -> None:
