@@ -144,7 +144,9 @@ def chain_flops(bench: Bench, grid: Grid, blocks: int, recompute: str = "none") 
         stage_flops(place_of(config_of(bench, n, recompute=recompute), grid), Text(bench.sizes.text))
         for n in (blocks + 1, 1)
     )
-    return StageFlops(*(_less(getattr(more, k), getattr(least, k)) for k in ("forward", "backward", "again", "embedding")))
+    return StageFlops(
+        *(_less(getattr(more, k), getattr(least, k)) for k in ("forward", "backward", "again", "embedding"))
+    )
 
 
 def chain_bytes(bench: Bench, place: Place, blocks: int) -> float:

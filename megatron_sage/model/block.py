@@ -85,7 +85,8 @@ class DoubleStreamBlock(MegatronModule):
         self, image: torch.Tensor, text: torch.Tensor, silu_temb: torch.Tensor, layout: TokenLayout
     ) -> tuple[torch.Tensor, ...]:
         streams = self.norm1, self.norm1_context
-        image_mod, text_mod = modulations(silu_temb, streams, self.tp_group, self.config.sequence_parallel)
+        sequence_parallel, batch = self.config.sequence_parallel, image.shape[1]
+        image_mod, text_mod = modulations(silu_temb, streams, self.tp_group, sequence_parallel, batch)
         image_attn, text_attn = self.attn(
             modulated_norm(self.ops, image, image_mod.shift_attn, image_mod.scale_attn),
             modulated_norm(self.ops, text, text_mod.shift_attn, text_mod.scale_attn),

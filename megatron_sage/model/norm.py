@@ -72,11 +72,26 @@ class AdaModulation(MegatronModule):
         return self.linear(silu_temb_BH)[0]
 
 
+def for_samples(rows: torch.Tensor, batch: int, dim: int = 0) -> torch.Tensor:
+    """Rows that equal parts of a batch share -> one for each sample; a single row stays, it is broadcast."""
+    number = rows.shape[dim]
+    if number in (1, batch):
+        return rows
+    size = [-1] * (rows.dim() + 1)
+    size[dim + 1] = batch // number
+    return rows.unsqueeze(dim + 1).expand(size).flatten(dim, dim + 1)
+
+
 def modulations(
-    silu_temb_BH: torch.Tensor, streams: Sequence[AdaModulation], group: dist.ProcessGroup, sequence_parallel: bool
+    silu_temb_BH: torch.Tensor,
+    streams: Sequence[AdaModulation],
+    group: dist.ProcessGroup,
+    sequence_parallel: bool,
+    batch: int,
 ) -> list[Modulation]:
     """Of both streams of a block, by one all-gather over `group` (TP): a call costs more than these few bytes.
 
+    `batch`: samples; `silu_temb_BH` has as many rows as there are timesteps, and so has what is computed and sent.
     With sequence parallelism each rank modulates its own tokens, so the gradient of the gathered result is partial and
     must be reduce-scattered; without, it is whole on every rank and is only split.
     """
@@ -90,7 +105,7 @@ def modulations(
         # [B, ranks, streams, 6H/TP]: the ranks' parts of one stream lie apart
         whole = gather(torch.cat(local, dim=-1), group=group).unflatten(-1, (group.size(), len(local), -1))
         local = [whole[:, :, number].flatten(1) for number in range(len(local))]
-    return [Modulation(*whole.chunk(6, dim=-1)) for whole in local]
+    return [Modulation(*for_samples(whole, batch).chunk(6, dim=-1)) for whole in local]
 
 
 class AdaLayerNormOut(MegatronModule):
@@ -108,7 +123,7 @@ class AdaLayerNormOut(MegatronModule):
         if self.config.sequence_parallel:
             # every rank modulates other tokens: summing the gradient here makes the linear's and temb's gradient whole
             scale_shift = copy_to_tensor_model_parallel_region(scale_shift, group=self.tp_group)
-        scale, shift = scale_shift.chunk(2, dim=-1)
+        scale, shift = for_samples(scale_shift, x_SBH.shape[1]).chunk(2, dim=-1)
         return modulated_norm(self.ops, x_SBH, shift, scale)
 
 

@@ -21,7 +21,7 @@ from megatron_sage.model.attention import TokenLayout
 from megatron_sage.model.conditions import TextCondition
 from megatron_sage.model.config import HunyuanVideoConfig
 from megatron_sage.model.embeddings import ByT5Projection, ImageProjection, PatchEmbedding, TimeEmbedding, TokenRefiner
-from megatron_sage.model.norm import AdaLayerNormOut
+from megatron_sage.model.norm import AdaLayerNormOut, for_samples
 from megatron_sage.model.precision import QuantisedLinear, runs_fp8
 from megatron_sage.model.rope import rotary_table
 from megatron_sage.model.specs import block_spec
@@ -121,7 +121,7 @@ class HunyuanVideoDiT(MegatronModule):
         Args:
             video_SBC: [S_local, B, in_channels], row-major over the grid; S_local = `image_shard(grid).local`. None on
                 all stages but the first.
-            timestep_B: [B] float32 in [0, 1000]; or [1], the same for all samples: it is embedded once.
+            timestep_B: [B] float32 in [0, 1000]; or fewer, each for an equal part of the batch, embedded once for it.
             text: conditions of the B samples; or of one, the same for all: embedded once too.
             grid: latent frames, height, width.
             timestep_r_B: [B] float32, MeanFlow's second time; needs `use_meanflow`.
@@ -139,7 +139,7 @@ class HunyuanVideoDiT(MegatronModule):
             assert video_SBC is not None  # checked
             image_SBH = self.x_embedder(video_SBC.to(self.config.params_dtype))
             text_LBH = self.embed(text, timestep_B) if embedded_LBH is None else embedded_LBH
-            text_LBH = text_LBH.expand(-1, video_SBC.shape[1], -1)
+            text_LBH = for_samples(text_LBH, video_SBC.shape[1], dim=1).expand(-1, video_SBC.shape[1], -1)
         else:
             assert packed_SBH is not None, "a stage behind the first takes its input from the one before it"
             image_SBH, text_LBH = packed_SBH.split([layout.image.local, layout.text.local])
@@ -194,6 +194,7 @@ class HunyuanVideoDiT(MegatronModule):
     def embed_text(self, text: TextCondition, timestep_B: torch.Tensor) -> torch.Tensor:
         """[image | ByT5 | Qwen] tokens, [L, B, H], whole on every rank."""
         dtype = self.config.params_dtype
+        timestep_B = for_samples(timestep_B, max(text.batch, timestep_B.shape[0]))
         kinds = [(QWEN, self.context_embedder(text.qwen_BLD.to(dtype), timestep_B))]
         if text.byt5_BLD.shape[1]:
             kinds.insert(0, (BYT5, self.context_embedder_2(text.byt5_BLD.to(dtype))))
@@ -255,10 +256,10 @@ class HunyuanVideoDiT(MegatronModule):
                 f"{self.config.in_channels} channels] for {shard.num_tokens} tokens over {shard.parts} rank(s)"
             )
         lengths = [x.shape[0] for x in (timestep, text.qwen_BLD, text.byt5_BLD, text.image_BLD)]
-        if not set(lengths) <= {1, batch} or len(set(lengths[1:])) > 1:
+        if batch % max(1, lengths[0]) or lengths[1] not in (1, batch) or len(set(lengths[1:])) > 1:
             raise UserError(
                 f"video has batch {batch}; timestep, qwen, byt5 and image have {lengths}: make them equal, or 1 where "
-                "all samples share it"
+                "all samples share it (timesteps: a divisor of the batch, each for an equal part of it)"
             )
         for name, value in (("timestep", timestep), ("timestep_r", timestep_r)):
             if value is not None and value.dtype in (torch.bfloat16, torch.float16):

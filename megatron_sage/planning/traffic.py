@@ -32,13 +32,8 @@ class Place:
     lora: AdapterSettings | None = None
     distributed: bool = False
     """Megatron's distributed optimizer."""
-    own_times: bool = False
-    """Each sample has a timestep of its own, as where pairs of several steps are trained together; else they share."""
-
-    @property
-    def times(self) -> int:
-        """Timesteps that are embedded, rows of every modulation."""
-        return self.batch if self.own_times else 1
+    times: int = 1
+    """Timesteps that are embedded, rows of every modulation: one, or one for each pair that is trained together."""
 
     @property
     def split(self) -> int:

@@ -124,7 +124,7 @@ class Workload:
 
     def replayed(self, place: Place) -> Place:
         """With the batch of a training forward."""
-        return replace(place, batch=place.batch * self.replay, own_times=self.replay > 1)
+        return replace(place, batch=place.batch * self.replay, times=self.replay)
 
     def latent_bytes(self, place: Place) -> int:
         """Of one micro-batch on a rank, float32."""

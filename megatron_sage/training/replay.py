@@ -66,10 +66,14 @@ class Replay:
                 return _skipped(chunk, length, largest), _no_loss
             batch = [(trajectories[number], step) for number, step in pairs]
             x_SBC = torch.cat([t.latents_SBC[i] for t, i in batch], dim=1) if chunk.pre_process else None
-            sigmas = [table.sigmas[i] for t, i in batch for _ in t.samples]
+            sizes = [len(t.samples) for t, _ in batch]
+            # one noise level a pair, embedded once for its samples; of unequal pairs one a sample
+            sigmas = [table.sigmas[i] for (_, i), n in zip(batch, sizes, strict=True) for _ in range(n)]
+            if len(set(sizes)) == 1:
+                sigmas = sigmas[:: sizes[0]]
             sigma = sigmas[0] if len(batch) == 1 else sigmas
             prompt = batch[0][0].prompt
-            out = network.train_forward(model, chunk.vp_stage, x_SBC, sigma, prompt, len(sigmas), length, largest)
+            out = network.train_forward(model, chunk.vp_stage, x_SBC, sigma, prompt, sum(sizes), length, largest)
             if chunk.vp_stage == network.num_chunks - 1:
                 tick(len(pairs))
             return out, partial(self.objective, batch=batch)

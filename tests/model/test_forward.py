@@ -106,13 +106,21 @@ def test_ragged_conditions_are_refused() -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_what_samples_share_is_embedded_once_for_all(one_rank: Groups, recompute: str) -> None:
-    """One text or one timestep of batch 1 is the same as that many equal ones: velocities and all gradients."""
+    """Fewer texts or timesteps are the same as equal ones for each sample: velocities and all gradients."""
     torch.manual_seed(3)
     one = condition(batch=1, image=2)
-    many = TextCondition(*(x.expand(3, -1, -1).contiguous() for x in (one.qwen_BLD, one.byt5_BLD, one.image_BLD)))
-    video, gradient = torch.randn(24, 3, 65), torch.randn(24, 3, 32)
-    equal, own = torch.full((3,), 611.0), torch.tensor([611.0, 20.0, 900.0])
-    for given, shared in [((equal, many), (equal[:1], one)), ((own, many), (own, one)), ((equal, many), (equal, one))]:
+    many = TextCondition(*(x.expand(4, -1, -1).contiguous() for x in (one.qwen_BLD, one.byt5_BLD, one.image_BLD)))
+    video, gradient = torch.randn(24, 4, 65), torch.randn(24, 4, 32)
+    equal, own = torch.full((4,), 611.0), torch.tensor([611.0, 20.0, 900.0, 3.0])
+    pairs = torch.tensor([611.0, 20.0])
+    of_pairs = pairs.repeat_interleave(2)
+    for given, shared in [
+        ((equal, many), (equal[:1], one)),
+        ((own, many), (own, one)),
+        ((equal, many), (equal, one)),
+        ((of_pairs, many), (pairs, one)),
+        ((of_pairs, many), (pairs, many)),
+    ]:
         found = []
         for timestep, text in (given, shared):
             model = build(CASE, one_rank, recompute=recompute)

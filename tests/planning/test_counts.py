@@ -138,13 +138,13 @@ def test_flops_of_a_forward_and_its_backward(seed: int) -> None:
     grid = (draw.randint(1, 3), draw.randint(2, 4), draw.randint(2, 5))
     text = Text(draw.randint(1, 9), draw.randint(0, 3), draw.randint(0, 3))
     batch, transformer = draw.randint(1, 3), random_model(seed)
-    own_times = seed % 2 == 1
-    given = {"grid": grid, "text": text, "batch": batch, "times": batch if own_times else 1}
+    times = batch if seed % 2 == 1 else 1
+    given = {"grid": grid, "text": text, "batch": batch, "times": times}
     ((forward, backward),) = run_on_ranks(
         1, "tests.planning.test_counts:counted_flops", transformer=transformer, **given
     )
     config = HunyuanVideoConfig.from_diffusers(transformer)
-    formula = stage_flops(Place(config, 0, grid[0] * grid[1] * grid[2], batch, own_times=own_times), text)
+    formula = stage_flops(Place(config, 0, grid[0] * grid[1] * grid[2], batch, times=times), text)
     assert forward == formula.forward.gemm
     assert backward == formula.backward.gemm + formula.again.gemm
 

@@ -74,7 +74,7 @@ def test_where_all_divides_only_modulation_and_scalars_are_above(seed: int) -> N
             tensor=tensor, context=context, pipeline=stages, stage=stage, layers=layers, tokens=tokens, batch=batch,
             recompute=recompute,
         )  # fmt: skip
-        place = replace(place, own_times=draw.random() < 0.5)
+        place = replace(place, times=draw.choice([1, place.batch]))
         blocks, row = len(place.config.stage_blocks[stage][0]), place.times * 2048 * 2
         for text in texts:
             above = Counter(forward_only(place, text))

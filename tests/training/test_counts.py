@@ -98,8 +98,8 @@ def expected(trainer: Any, trajectories: list[Any], pairs: list[tuple[int, int]]
     batches = trainer.replay.batches(trajectories, pairs)
     gemm: dict[str, float] = {"replay": 0.0}
 
-    def parts(network: Any, prompt: Any, batch: int, own_times: bool = False) -> list[Any]:
-        place = Place(model, groups.pp_rank, engine.shape.shard.num_tokens, batch, own_times=own_times)
+    def parts(network: Any, prompt: Any, batch: int, times: int = 1) -> list[Any]:
+        place = Place(model, groups.pp_rank, engine.shape.shard.num_tokens, batch, times=times)
         texts = [network.text(prompt, branch) for branch in range(network.branches)]
         lengths = [Text(t.qwen_BLD.shape[1], t.byt5_BLD.shape[1], t.image_BLD.shape[1]) for t in texts]
         return [stage_flops(place, text, groups.cp_rank, groups.tp_rank) for text in lengths]
@@ -119,7 +119,7 @@ def expected(trainer: Any, trajectories: list[Any], pairs: list[tuple[int, int]]
     gemm["reference"] = references * without_gradient(engine.training_network(), len(trainer.table.trained_steps))
     for batch in batches:
         size = sum(len(trajectories[number].samples) for number, _ in batch)
-        for p in parts(engine.training_network(), trajectories[batch[0][0]].prompt, size, len(batch) > 1):
+        for p in parts(engine.training_network(), trajectories[batch[0][0]].prompt, size, len(batch)):
             gemm["replay"] += p.forward.gemm + p.backward.gemm + p.again.gemm
     branches = engine.rollout_network().branches, engine.training_network().branches
     return {
