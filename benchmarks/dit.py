@@ -1,6 +1,6 @@
 """Forward and backward of our DiT against diffusers', on the same weights, inputs and threads.
 
-python -m benchmarks.dit [--only WORD ...] [--repeats 3] [--threads 2] [--list]
+python -m benchmarks.dit [--only WORD ...] [--repeats 3] [--threads 2] [--slow] [--list]
 
 Each case is a whole model (embedders, blocks, final layer) of one sample. diffusers gets what its pipeline gives it:
 texts padded to the encoders' maximum, with masks. Ours gets the same texts without their padding. The outputs are
@@ -66,17 +66,19 @@ class Case:
 
 RELEASED, REAL, WHOLE = (1000, 256, 729), (280, 20, 0), (1000, 256, 729)
 TINY_PADDED, TINY_REAL = (200, 64, 100), (40, 6, 0)
-TINY_GRID, SMALL, MIDDLE = (21, 4, 6), (21, 8, 14), (21, 12, 20)  # 81 frames of 64x96, 128x224, 192x320
+TINY_GRID, SMALL, REAL_GRID = (21, 4, 6), (21, 8, 14), (21, 30, 53)  # 81 frames of 64x96, 128x224, 480x848
 CASES = [
-    Case("tiny, 4 blocks, 64x96x81, short text", TINY_GRID, TINY_REAL, TINY_PADDED, 4, "fp32", False, compiled=True),
+    Case("tiny, 4 blocks, 64x96x81, short text", TINY_GRID, TINY_REAL, TINY_PADDED, 4, "fp32", False),
     Case("tiny, 4 blocks, 64x96x81, whole text", TINY_GRID, TINY_PADDED, TINY_PADDED, 4, "fp32", False),
     Case("tiny, 4 blocks, short text, recompute", TINY_GRID, TINY_REAL, TINY_PADDED, 4, "fp32", False, "full"),
     Case("1 block, 128x224x81, short text", SMALL, REAL, RELEASED, 1, "fp32"),
-    Case("2 blocks, 192x320x81, short text", MIDDLE, REAL, RELEASED, 2, compiled=True),
-    Case("2 blocks, 192x320x81, whole text", MIDDLE, WHOLE, RELEASED, 2),
-    Case("2 blocks, 128x224x81, short text, recompute", SMALL, REAL, RELEASED, 2, recompute="full"),
-    Case("4 blocks, 128x224x81, short text", SMALL, REAL, RELEASED, 4),
-    Case("1 block, 480x848x81, short text", (21, 30, 53), REAL, RELEASED, 1, once=True),
+    Case("2 blocks, 128x224x81, whole text", SMALL, WHOLE, RELEASED, 2, "fp32"),
+]
+SLOW = [  # `--slow`: tens of minutes on two cores
+    Case("tiny, 4 blocks, short text, compiled", TINY_GRID, TINY_REAL, TINY_PADDED, 4, "fp32", False, compiled=True),
+    Case("2 blocks, 128x224x81, short text, recompute", SMALL, REAL, RELEASED, 2, "fp32", recompute="full"),
+    Case("4 blocks, 128x224x81, short text", SMALL, REAL, RELEASED, 4, "bf16", compiled=True),
+    Case("1 block, 480x848x81, short text", REAL_GRID, REAL, RELEASED, 1, "bf16", once=True),
 ]
 KEPT = [  # bytes do not depend on the number of tokens: (dtype, recompute)
     ("bf16", "none"),
@@ -226,7 +228,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         if case.once:
             seconds = common.in_turn(sides.sides(backward), 1, warm=False)
         else:
-            seconds = common.in_turn(sides.sides(backward), repeats)
+            seconds = common.in_turn(sides.sides(backward), repeats if case.wide else 5 * repeats)  # milliseconds
         found["seconds"][name] = {side: min(values) for side, values in seconds.items()}
         found["ratio"][name] = {
             side: common.ratio(values, seconds["diffusers"]) for side, values in seconds.items() if side != "diffusers"
@@ -272,14 +274,14 @@ def _markdown(cases: list[dict[str, Any]], kept: list[dict[str, Any]]) -> str:
     ]
     header = ["case", "type", "tokens", "forward", "forward + backward", "seconds", "peak MB", "difference"]
     text = "Ours / diffusers: time, median of the ratios (smallest to largest).\n\n" + common.table(header, rows)
-    text += "\n`precision.compile`, ours / diffusers:\n\n" + common.table(
-        ["case", "forward", "forward + backward"],
-        [
-            [row["case"], ratio(row, "forward", "compiled"), ratio(row, "forward + backward", "compiled")]
-            for row in cases
-            if "compiled" in row["ratio"]["forward"]
-        ],
-    )
+    compiled = [
+        [row["case"], ratio(row, "forward", "compiled"), ratio(row, "forward + backward", "compiled")]
+        for row in cases
+        if "compiled" in row["ratio"]["forward"]
+    ]
+    if compiled:
+        header = ["case", "forward", "forward + backward"]
+        text += "\n`precision.compile`, ours / diffusers:\n\n" + common.table(header, compiled)
     text += "\nKept for the backward pass, bytes per token and block of full width:\n\n" + common.table(
         ["type", "recompute", "ours", "diffusers"],
         [
@@ -297,21 +299,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="torch's; all cores")
     parser.add_argument("--out", type=Path, help="folder of dit.json and dit.md (benchmarks/)")
+    parser.add_argument("--slow", action="store_true", help="more cases: tens of minutes on two cores")
     parser.add_argument("--list", action="store_true", help="only the cases' names")
     options = parser.parse_args()
-    chosen = [case for case in CASES if not options.only or any(word in case.name for word in options.only)]
+    cases = CASES + (SLOW if options.slow else [])
+    chosen = [case for case in cases if not options.only or any(word in case.name for word in options.only)]
     if options.list or not chosen:
-        sys.exit("\n".join(case.name for case in CASES))
+        sys.exit("\n".join(case.name for case in CASES + SLOW))
     if options.threads:
         torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)  # diffusers' advice about casting
     kept = [{"dtype": dtype, "recompute": recompute, **kept_bytes(dtype, recompute)} for dtype, recompute in KEPT]
-    cases = []
+    found = []
     for case in chosen:
-        cases.append(measure(case, options.repeats))
-        print(json.dumps(cases[-1]), flush=True)
+        found.append(measure(case, options.repeats))
+        print(json.dumps(found[-1]), flush=True)
         gc.collect()
-    common.write("dit", {"cases": cases, "kept": kept}, _markdown(cases, kept), options.out)
+    common.write("dit", {"cases": found, "kept": kept}, _markdown(found, kept), options.out)
 
 
 if __name__ == "__main__":

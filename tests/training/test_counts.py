@@ -147,7 +147,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-cp2": {"parallel.tensor": 2, "parallel.context": 2, "precision.recompute": "full"},
     "pp2-interleaved": {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2},
 }
-QUICK = ("alone", "tp2-sp", "pp2")
+QUICK = ("alone", "tp2-sp")
 
 
 @pytest.fixture(scope="module")
