@@ -139,8 +139,9 @@ class HunyuanVideoConfig(TransformerConfig):
             virtual_pipeline: chunks of each stage (interleaved schedule); None or 1: one.
             pipeline_layout: the blocks of each stage in Megatron's notation; None: balanced.
             dtype: of all parameters.
-            recompute: "full" keeps each block's input only; "selective" recomputes what needs no attention kernel
-                (norms, modulation, RoPE, MLP); `recompute_modules` among the overrides chooses otherwise.
+            recompute: "full" keeps each block's input only; "selective" recomputes the second half of
+                a block (gate, norm, MLP) too; norms, RoPE and heads are made again in every mode, so "layernorm" adds
+                nothing. `recompute_modules` among the overrides chooses otherwise ("core_attn").
             overrides: further TransformerConfig fields.
 
         Raises:

@@ -27,5 +27,8 @@ def run(recompute: bool, function: Callable[..., Any], *args: torch.Tensor) -> A
 
 
 def selective_modules(config: HunyuanVideoConfig) -> frozenset[str]:
-    """What selective recompute covers, in Megatron's words: layernorm, mlp, core_attn; nothing in other modes."""
+    """What selective recompute covers, in Megatron's words: mlp, core_attn; nothing in other modes.
+
+    Megatron's `layernorm` is accepted and adds nothing: norms keep their inputs only, in every mode.
+    """
     return frozenset(config.recompute_modules or () if config.recompute_granularity == "selective" else ())
