@@ -184,11 +184,14 @@ class HunyuanVideoDiT(MegatronModule):
     def embed(self, text: TextCondition, timestep_B: torch.Tensor) -> torch.Tensor:
         """The text stream's first tokens of this rank, [L_local, B, H]; B is 1 where text and timestep are shared.
 
-        Recomputed always in the backward pass: the embedders run whole on every TP and CP rank, theirs would be the
-        only activations that no layout divides, and they cost a thousandth of the forward. Not by Megatron's
-        checkpoint, which gives parameters no gradient where no input wants one.
+        Recomputation, selective or full, makes it again as a whole: the embedders run whole on every TP and CP rank,
+        theirs are the only activations that no layout divides. Not by Megatron's checkpoint, which gives parameters no
+        gradient where no input wants one.
         """
-        text_LBH = checkpoint(self.embed_text, text, timestep_B, use_reentrant=False)
+        if self.config.recompute_granularity is None:
+            text_LBH = self.embed_text(text, timestep_B)
+        else:
+            text_LBH = checkpoint(self.embed_text, text, timestep_B, use_reentrant=False)
         return self._shard_text(text_LBH, self._text_shard(text))
 
     def embed_text(self, text: TextCondition, timestep_B: torch.Tensor) -> torch.Tensor:

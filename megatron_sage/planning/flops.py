@@ -183,5 +183,7 @@ def _embedding(place: Place, text: Text) -> tuple[Flops, Flops, Flops]:
     repeated = leaves + inner
     if text.glyph and not text.image:  # torch stops where nothing more is kept: before the glyphs' last linear
         repeated -= 2 * text.glyph * BYT5_INNER_WIDTH * hidden
-    again = Flops(attention=attention * (FUSED_BACKWARD - 1), rest=repeated)
+    again = Flops(attention=attention * (FUSED_BACKWARD - 2))
+    if config.recompute_granularity is not None:
+        again += Flops(attention=attention, rest=repeated)
     return Flops(0.0, attention, leaves + inner), Flops(0.0, 2 * attention, leaves + 2 * inner), again

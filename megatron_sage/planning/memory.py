@@ -159,8 +159,7 @@ def _forwards(config: Config, place: Place, work: Workload, memory: Memory, traj
     if work.streamed_references and config.kl.anchor_placement == "host":
         memory.phases["reference"]["anchor_slots"] = _slots(place)
     whole = work.replayed(place)
-    texts = tuple(text.total for text in work.training_texts)
-    saved = saved_by_chunks(whole, texts)
+    saved = saved_by_chunks(whole, work.training_texts)
     held = in_flight(place.config, place.stage, work.forwards_of_update)
     train = memory.phases["train"]
     train["activations"] = sum(bytes_ * number for bytes_, number in zip(saved, held, strict=True))

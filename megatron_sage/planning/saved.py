@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_sage.model.config import HunyuanVideoConfig
+from megatron_sage.model.config import BYT5_INNER_WIDTH, HunyuanVideoConfig
+from megatron_sage.model.embeddings import SINUSOID_WIDTH
 from megatron_sage.parallel.context import ULYSSES
 from megatron_sage.parallel.sequence import TokenShard
+from megatron_sage.planning.flops import Text
 from megatron_sage.planning.traffic import Place, kinds
 
 FP32 = 4  # bytes
@@ -27,18 +29,22 @@ class _Stream:
     """Real ones among the gathered."""
 
 
-def saved_by_chunks(place: Place, texts: tuple[int, ...]) -> list[float]:
-    """Bytes that each chunk of the rank keeps of one micro-batch, all branches of the guidance (`texts`) together."""
+def saved_by_chunks(place: Place, texts: tuple[Text, ...]) -> list[float]:
+    """Bytes that each chunk of the rank keeps of one micro-batch, all branches of the guidance (`texts`) together.
+
+    The texts' own embeddings, which wait on the device anyway, are not counted.
+    """
     config = place.config
     stages, found = config.stage_blocks, []
     for number, blocks in enumerate(stages[place.stage]):
         virtual, total = number * len(stages) + place.stage, 0.0
         for text in texts:
             for last, count in kinds(config, blocks):
-                total += count * block_bytes(place, text, last)
+                total += count * block_bytes(place, text.total, last)
             video = _video(place)
             if virtual == 0:
                 total += video.local * place.batch * config.in_channels * place.element
+                total += embedder_bytes(place, text)
             if virtual == len(stages) * len(stages[0]) - 1:
                 # the final norm's input, and what the projection reads
                 total += video.local * place.batch * config.hidden_size * place.element * 2
@@ -58,6 +64,29 @@ def block_bytes(place: Place, text: int, last: bool, recomputed: bool = True) ->
     for stream, cut in ((video, False), (words, last)):
         total += _stream(place, stream, cut, modules)
     return total
+
+
+def embedder_bytes(place: Place, text: Text) -> float:
+    """Of one branch's text, between its embeddings and the first block; whole on every TP and CP rank.
+
+    None where they are recomputed, and none with adapters, under which the embedders are frozen. One text for all
+    samples; behind the refiner's first attention there is a copy of it for each timestep.
+    """
+    config, hidden, times = place.config, place.config.hidden_size, place.times
+    if config.recompute_granularity is not None or place.lora is not None:
+        return 0.0
+    # the refiner's condition: sinusoid, mean text, two MLPs, and the sum; then a SiLU and two gates in each layer
+    elements = times * (SINUSOID_WIDTH + 3 * hidden) + config.text_embed_dim + 2 * hidden
+    elements += config.num_refiner_layers * times * 3 * hidden
+    statistics = 0
+    for layer in range(config.num_refiner_layers):
+        copies = 1 if layer == 0 else times
+        # input, norm, q, k, v, answer, projected; sum, norm, MLP of ratio 4 before and behind its SiLU, its answer
+        elements += text.qwen * hidden * (7 * copies + 11 * times)
+        statistics += text.qwen * copies * config.num_attention_heads
+    elements += text.glyph * (config.text_embed_2_dim + 4 * BYT5_INNER_WIDTH)
+    elements += text.image * (3 * config.image_embed_dim + hidden)
+    return float(elements * place.element + statistics * FP32)
 
 
 def _video(place: Place) -> _Stream:

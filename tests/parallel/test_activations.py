@@ -18,8 +18,13 @@ def case(grid: tuple[int, int, int] = GRID, words: tuple[int, int] = WORDS) -> C
     return Case(grid=grid, qwen=words[:1] * 2, byt5=words[1:] * 2, timesteps=(500.0, 20.0), **SIZES)
 
 
-def saved_bytes(case: Case, tensor: int = 1, context: int = 1, pipeline: int = 1, **options: Any) -> int:
-    """Storages that a forward through this rank's stage keeps, each once, parameters not counted."""
+def saved_bytes(
+    case: Case, tensor: int = 1, context: int = 1, pipeline: int = 1, embedders: bool = False, **options: Any
+) -> int:
+    """Storages that a forward through this rank's stage keeps, each once; parameters and texts are not counted.
+
+    `embedders`: with what embeds the text; else the blocks and the ends alone.
+    """
     from megatron_sage.model.conditions import TextCondition
     from megatron_sage.parallel.groups import initialize
     from tests.model.parity import build_stage, random_inputs, tokens
@@ -27,11 +32,12 @@ def saved_bytes(case: Case, tensor: int = 1, context: int = 1, pipeline: int = 1
     groups = initialize(tensor=tensor, context=context, pipeline=pipeline)
     (chunk,) = build_stage(case, groups, sequence_parallel=True, **options)
     inputs = random_inputs(case)
-    text = TextCondition(
-        inputs["encoder_hidden_states"][:, : case.qwen[0]],
-        inputs["encoder_hidden_states_2"][:, : case.byt5[0]],
-        inputs["image_embeds"][:, :0],
+    words = (
+        inputs["encoder_hidden_states"][:1, : case.qwen[0]],
+        inputs["encoder_hidden_states_2"][:1, : case.byt5[0]],
+        inputs["image_embeds"][:1, : case.image if case.image_to_video else 0],
     )
+    text = TextCondition(*(x.to(chunk.config.params_dtype) for x in words))
     shard = chunk.image_shard(case.grid)
     # a copy: a slice would keep the whole video's storage
     video = shard.shard(tokens(inputs["hidden_states"])).clone() if chunk.pre_process else None
@@ -39,8 +45,10 @@ def saved_bytes(case: Case, tensor: int = 1, context: int = 1, pipeline: int = 1
     if not chunk.pre_process:
         size = (chunk.packed_tokens(text, case.grid), case.batch, chunk.config.hidden_size)
         packed = torch.zeros(size, requires_grad=True)
-    with KeptBytes(chunk.parameters()) as kept:
-        out = chunk(video, inputs["timestep"], text, case.grid, packed_SBH=packed)
+    known = (*chunk.parameters(), text.qwen_BLD, text.byt5_BLD, text.image_BLD)
+    embedded = chunk.embed(text, inputs["timestep"]) if chunk.pre_process and not embedders else None
+    with KeptBytes(known) as kept:
+        out = chunk(video, inputs["timestep"], text, case.grid, packed_SBH=packed, embedded_LBH=embedded)
     assert out.requires_grad
     return kept.total
 

@@ -9,7 +9,7 @@ import torch
 from megatron_sage.model.config import HunyuanVideoConfig
 from megatron_sage.model.lora_targets import TARGETS, AdapterSettings
 from megatron_sage.planning.flops import Text, model_forward, stage_flops
-from megatron_sage.planning.saved import saved_by_chunks
+from megatron_sage.planning.saved import embedder_bytes, saved_by_chunks
 from megatron_sage.planning.sizes import chunk_counts, total_parameters
 from megatron_sage.planning.traffic import Place, buffer_elements
 from tests.parallel.pool import run_on_ranks
@@ -106,7 +106,7 @@ def test_the_released_model() -> None:
 
 
 def counted_flops(
-    transformer: dict[str, Any], grid: tuple[int, int, int], text: Text, batch: int, times: int
+    transformer: dict[str, Any], grid: tuple[int, int, int], text: Text, batch: int, times: int, recompute: str
 ) -> tuple[int, int]:
     """(forward, backward), GEMMs, as torch counts them: it does not see attention on a CPU."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -115,7 +115,7 @@ def counted_flops(
     from megatron_sage.model.transformer import build_chunks
     from megatron_sage.parallel.groups import initialize
 
-    config = HunyuanVideoConfig.from_diffusers(transformer)
+    config = HunyuanVideoConfig.from_diffusers(transformer, recompute=recompute)
     (model,) = build_chunks(config, initialize().collection)
     sizes = (
         (text.qwen, config.text_embed_dim),
@@ -132,18 +132,19 @@ def counted_flops(
     return forward.get_total_flops(), backward.get_total_flops()
 
 
+@pytest.mark.parametrize("recompute", ["none", pytest.param("selective", marks=pytest.mark.nightly), "full"])
 @pytest.mark.parametrize("seed", [2, 3, pytest.param(4, marks=pytest.mark.nightly)])
-def test_flops_of_a_forward_and_its_backward(seed: int) -> None:
+def test_flops_of_a_forward_and_its_backward(seed: int, recompute: str) -> None:
     draw = random.Random(seed)
     grid = (draw.randint(1, 3), draw.randint(2, 4), draw.randint(2, 5))
     text = Text(draw.randint(1, 9), draw.randint(0, 3), draw.randint(0, 3))
     batch, transformer = draw.randint(1, 3), random_model(seed)
     times = batch if seed % 2 == 1 else 1
-    given = {"grid": grid, "text": text, "batch": batch, "times": times}
+    given = {"grid": grid, "text": text, "batch": batch, "times": times, "recompute": recompute}
     ((forward, backward),) = run_on_ranks(
         1, "tests.planning.test_counts:counted_flops", transformer=transformer, **given
     )
-    config = HunyuanVideoConfig.from_diffusers(transformer)
+    config = HunyuanVideoConfig.from_diffusers(transformer, recompute=recompute)
     formula = stage_flops(Place(config, 0, grid[0] * grid[1] * grid[2], batch, times=times), text)
     assert forward == formula.forward.gemm
     assert backward == formula.backward.gemm + formula.again.gemm
@@ -156,11 +157,11 @@ def kept_bytes(grid: tuple[int, int, int], words: tuple[int, int], **options: An
     from tests.parallel.test_activations import case, saved_bytes
 
     layout = {key: options.pop(key, 1) for key in ("tensor", "context", "pipeline")}
-    found = saved_bytes(case(grid, words), **layout, **options)
+    found = saved_bytes(case(grid, words), **layout, embedders=True, **options)
     groups = initialize(**layout)
     config = HunyuanVideoConfig.from_diffusers(case(grid, words).config(), sequence_parallel=True, **layout, **options)
-    place = Place(config, groups.pp_rank, grid[0] * grid[1] * grid[2], 2)
-    return found, sum(saved_by_chunks(place, (sum(words),)))
+    place = Place(config, groups.pp_rank, grid[0] * grid[1] * grid[2], 2, times=2)
+    return found, sum(saved_by_chunks(place, (Text(*words),)))
 
 
 _NIGHTLY = pytest.mark.nightly
@@ -187,3 +188,47 @@ def test_bytes_kept_for_the_backward(options: dict[str, Any]) -> None:
     found = run_on_ranks(ranks, "tests.planning.test_counts:kept_bytes", grid=(5, 12, 13), words=(31, 9), **options)
     for measured, formula in found:
         assert formula == pytest.approx(measured, rel=0.05)
+
+
+def embedded_bytes(transformer: dict[str, Any], text: Text, times: int, **options: Any) -> tuple[int, float]:
+    """(measured, formula) of what embedding a text keeps."""
+    from megatron_sage.model.conditions import TextCondition
+    from megatron_sage.model.transformer import build_chunks
+    from megatron_sage.parallel.groups import initialize
+    from megatron_sage.parallel.kept import KeptBytes
+
+    layout = {key: options.get(key, 1) for key in ("tensor", "context")}
+    config = HunyuanVideoConfig.from_diffusers(transformer, sequence_parallel=True, **options)
+    (model,) = build_chunks(config, initialize(**layout).collection)
+    sizes = ((text.qwen, config.text_embed_dim), (text.glyph, config.text_embed_2_dim))
+    sizes += ((text.image, config.image_embed_dim),)
+    tensors = [torch.randn(1, *size).to(config.params_dtype) for size in sizes]
+    with KeptBytes([*model.parameters(), *tensors]) as kept:
+        embedded_LBH = model.embed(TextCondition(*tensors), torch.linspace(100, 900, times))
+    assert embedded_LBH.requires_grad
+    return kept.total, embedder_bytes(Place(config, 0, 10, times, times=times), text)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": torch.bfloat16, "tensor": 2, "context": 2},
+        {"recompute": "selective"},
+        pytest.param({"dtype": torch.bfloat16, "recompute": "full"}, marks=_NIGHTLY),
+    ],
+    ids=str,
+)
+def test_bytes_kept_by_the_embedders(options: dict[str, Any], seed: int) -> None:
+    """The same on every TP and CP rank: each embeds the whole text. With recomputation only the times are kept."""
+    draw = random.Random(seed)
+    text = Text(draw.randint(20, 90), draw.choice([0, 17]), draw.choice([0, 23]))
+    ranks, times = options.get("tensor", 1) * options.get("context", 1), draw.randint(1, 3)
+    given = {"transformer": random_model(seed), "text": text, "times": times}
+    found = run_on_ranks(ranks, "tests.planning.test_counts:embedded_bytes", **given, **options)
+    for measured, formula in found:
+        if "recompute" in options:
+            assert (measured, formula) == (4 * times, 0)
+        else:
+            assert formula == pytest.approx(measured, rel=0.03)
