@@ -82,13 +82,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
-def write(name: str, content: Mapping[str, Any], markdown: str, folder: Path | None = None) -> None:
-    """`NAME.json` and `NAME.md` beside the benchmarks, or in `folder`; prints the table."""
+def write(
+    name: str, content: Mapping[str, Any], markdown: str, folder: Path | None = None, command: str | None = None
+) -> None:
+    """`NAME.json` and `NAME.md` beside the benchmarks, or in `folder`; prints the table.
+
+    `command`: module and options that were run; None: NAME.
+    """
     folder = folder or HERE
     folder.mkdir(parents=True, exist_ok=True)
     where = machine()
     (folder / f"{name}.json").write_text(json.dumps({"machine": where, **content}, indent=1) + "\n")
     said = ", ".join(f"{key} {value}" for key, value in where.items())
-    text = f"# {name}\n\n`python -m benchmarks.{name}`\n\n{said}\n\n{markdown}"
+    text = f"# {name}\n\n`python -m benchmarks.{command or name}`\n\n{said}\n\n{markdown}"
     (folder / f"{name}.md").write_text(text)
     print(text, flush=True)

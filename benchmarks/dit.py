@@ -74,11 +74,12 @@ CASES = [
     Case("1 block, 128x224x81, short text", SMALL, REAL, RELEASED, 1, "fp32"),
     Case("2 blocks, 128x224x81, whole text", SMALL, WHOLE, RELEASED, 2, "fp32"),
 ]
-SLOW = [  # `--slow`: tens of minutes on two cores
+SLOW = [  # `--slow`: half an hour on two cores
     Case("tiny, 4 blocks, short text, compiled", TINY_GRID, TINY_REAL, TINY_PADDED, 4, "fp32", False, compiled=True),
     Case("2 blocks, 128x224x81, short text, recompute", SMALL, REAL, RELEASED, 2, "fp32", recompute="full"),
     Case("4 blocks, 128x224x81, short text", SMALL, REAL, RELEASED, 4, "fp32"),
-    Case("1 block, 480x848x81, short text", REAL_GRID, REAL, RELEASED, 1, "bf16", once=True),
+    Case("1 block, 128x224x81, short text, bf16", SMALL, REAL, RELEASED, 1, "bf16"),
+    Case("1 block, 480x848x81, short text", REAL_GRID, REAL, RELEASED, 1, "fp32", once=True),
 ]
 KEPT = [  # bytes do not depend on the number of tokens: (dtype, recompute)
     ("bf16", "none"),
@@ -282,6 +283,8 @@ def _markdown(cases: list[dict[str, Any]], kept: list[dict[str, Any]]) -> str:
     if compiled:
         header = ["case", "forward", "forward + backward"]
         text += "\n`precision.compile`, ours / diffusers:\n\n" + common.table(header, compiled)
+    if not kept:
+        return text
     text += "\nKept for the backward pass, bytes per token and block of full width:\n\n" + common.table(
         ["type", "recompute", "ours", "diffusers"],
         [
@@ -299,23 +302,26 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="torch's; all cores")
     parser.add_argument("--out", type=Path, help="folder of dit.json and dit.md (benchmarks/)")
-    parser.add_argument("--slow", action="store_true", help="more cases: tens of minutes on two cores")
+    parser.add_argument("--slow", action="store_true", help="the larger cases instead: half an hour on two cores")
     parser.add_argument("--list", action="store_true", help="only the cases' names")
     options = parser.parse_args()
-    cases = CASES + (SLOW if options.slow else [])
+    cases = SLOW if options.slow else CASES
     chosen = [case for case in cases if not options.only or any(word in case.name for word in options.only)]
     if options.list or not chosen:
         sys.exit("\n".join(case.name for case in CASES + SLOW))
     if options.threads:
         torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)  # diffusers' advice about casting
-    kept = [{"dtype": dtype, "recompute": recompute, **kept_bytes(dtype, recompute)} for dtype, recompute in KEPT]
+    kinds = [] if options.slow else KEPT
+    kept = [{"dtype": dtype, "recompute": recompute, **kept_bytes(dtype, recompute)} for dtype, recompute in kinds]
     found = []
     for case in chosen:
         found.append(measure(case, options.repeats))
         print(json.dumps(found[-1]), flush=True)
         gc.collect()
-    common.write("dit", {"cases": found, "kept": kept}, _markdown(found, kept), options.out)
+    content = {"cases": found} | ({"kept": kept} if kept else {})
+    name, command = ("dit_slow", "dit --slow") if options.slow else ("dit", "dit")
+    common.write(name, content, _markdown(found, kept), options.out, command)
 
 
 if __name__ == "__main__":

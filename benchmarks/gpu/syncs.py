@@ -155,4 +155,5 @@ class _Phases:
         self.replay.gradients(self.trajectories, pairs, lambda count: None)
 
     def step(self) -> None:
-        self.optimizer.step()
+        self.optimizer.prepare_grads()
+        self.optimizer.step_prepared(float(self.optimizer.get_grad_norm()))

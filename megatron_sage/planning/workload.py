@@ -241,7 +241,7 @@ def optimizer_traffic(place: Place, work: Workload, muon: bool) -> Traffic:
     every = place.data * tensor * stages * context
     ranks, group = (every, "dist_opt") if place.distributed else (tensor * stages, "mp")
     if ranks > 1:
-        total["all_reduce", group] += 2 * work.updates * SCALAR  # the gradient's norm, before the step and in it
+        total["all_reduce", group] += work.updates * SCALAR  # the gradient's norm
     if every > 1:
         total["all_reduce", "world"] += 4 * work.updates
     return total

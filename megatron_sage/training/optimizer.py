@@ -19,6 +19,7 @@ from megatron.core.optimizer import (
     OptimizerConfig,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_sage.checkpoint.megatron_defects import mend
 from megatron_sage.config import Config
@@ -58,7 +59,7 @@ def wrap(chunks: list[HunyuanVideoDiT], groups: Groups, distributed: bool = Fals
     ]
 
 
-def build_optimizer(config: Config, chunks: list[DistributedDataParallel], dtype: torch.dtype) -> MegatronOptimizer:
+def build_optimizer(config: Config, chunks: list[DistributedDataParallel], dtype: torch.dtype) -> "Optimizers":
     """The optimizer of `config.optimizer` over wrapped chunks whose weights are loaded. All ranks call.
 
     Raises ValueError where `wrap` was not given the same `distributed`.
@@ -110,6 +111,19 @@ class Optimizers(ChainedOptimizer):
         # the sum over all ranks that hold other gradients: TP·PP, and DP·CP where the optimizer is distributed
         dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
         return float(total.sqrt())
+
+    @torch.no_grad()
+    def step_prepared(self, norm: float) -> None:
+        """What is left of `step` behind `prepare_grads` and `get_grad_norm`, which gave `norm`.
+
+        Megatron's `step` does both again: every gradient copied and read once more, one more sum over all ranks.
+        """
+        for part in self.chained_optimizers:
+            parameters = part.get_parameters()
+            if parameters and part.config.clip_grad > 0:
+                decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm, decoupled)
+        self.step_with_ready_grads()
 
 
 def adam_implementation() -> str:

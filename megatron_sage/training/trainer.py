@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_sage.conditioning.codec import VideoCodec
 from megatron_sage.config.schema import lambda_max
@@ -33,6 +32,7 @@ from megatron_sage.training.gradients import all_finite
 from megatron_sage.training.guards import RunGuard
 from megatron_sage.training.loss import Objective, PairStatistics, summarise
 from megatron_sage.training.noise_floor import NoiseFloor, measure, replayed_pairs
+from megatron_sage.training.optimizer import Optimizers
 from megatron_sage.training.precision import calibrate, calibrate_gradients
 from megatron_sage.training.reference import Reference
 from megatron_sage.training.replay import Replay
@@ -48,7 +48,7 @@ class Trainer:
         self,
         engine: Engine,
         ddp: list[DistributedDataParallel],
-        optimizer: MegatronOptimizer,
+        optimizer: Optimizers,
         prompts: Sequence[Prompt],
         codec: VideoCodec,
         reward: Reward,
@@ -311,7 +311,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * min(1.0, (self.optimizer_steps + 1) / max(1, settings.warmup_steps))
         self.reference.before_step()
-        self.optimizer.step()
+        self.optimizer.step_prepared(norm)
         self.engine.quantisation.after_update()
         self.optimizer_steps += 1
         if self.engine.config.kl.strategy != "none":

@@ -136,7 +136,7 @@ def step(world: World, number: int) -> float:
             parameter.main_grad.copy_(value)
     world.optimizer.prepare_grads()
     norm = float(world.optimizer.get_grad_norm())
-    world.optimizer.step()
+    world.optimizer.step_prepared(norm)
     return norm
 
 
