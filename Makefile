@@ -15,6 +15,8 @@ STAMP := $(VENV)/.stamp
 TORCH ?= $(shell cat $(STAMP)/torch 2>/dev/null)
 PYTHON ?=
 PYTEST_ARGS ?=
+# Processes that share the quick tests; 0: pytest alone (--pdb needs that). A test may use four ranks of its own.
+WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON TORCH
 
@@ -35,7 +37,7 @@ quickstart: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh
 
 test: setup
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-long: setup
 	@$(BIN)/python -m pytest -m long $(PYTEST_ARGS)

@@ -43,6 +43,7 @@ EXTRAS = {
     "dev": [
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",
+        "pytest-xdist>=3.8,<4",
         "hypothesis>=6.150,<7",
         "peft>=0.21,<0.22",  # the judge of the adapters
         "ray[serve]>=2.60,<3",
