@@ -123,8 +123,10 @@ def _translate_cuda_literals() -> None:
 
     def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = plain_type(self, *args, **kwargs)
-        # the optimizers sort parameters by this string, `torch.cuda.FloatTensor` and so on
-        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+        # the optimizers sort parameters by this string, `torch.cuda.FloatTensor` and so on; a TorchFunctionMode looks
+        # the method up by its name, and so comes here a second time
+        plain = isinstance(result, str) and not result.startswith("torch.cuda.")
+        return result.replace("torch.", "torch.cuda.", 1) if plain else result
 
     torch.Tensor.type = type_as_on_cuda  # type: ignore[method-assign]
 

@@ -80,7 +80,11 @@ def phases(arguments: list[str], processes: int) -> list[dict[str, Any]]:
             trainer._reference_pass(trajectories)
         pairs = [(n, step) for n in range(len(trajectories)) for step in trainer.table.trained_steps]
         with counts.phase("replay", operations):
-            trainer.replay.gradients(trajectories, pairs, lambda number: None)
+            statistics = trainer.replay.gradients(trajectories, pairs, lambda number: None)
+        # torch's AdamW reads a counter of each parameter, which is on the host even where the parameter is not
+        trainer.optimizer.step_with_ready_grads = lambda: True
+        with counts.phase("optimizer"):
+            trainer._step(statistics)
         found.append({"counted": counts.phases, **expected(trainer, trajectories, pairs)})
     return found
 
@@ -175,7 +179,8 @@ Counted = tuple[dict[str, Any], list[list[dict[str, Any]]]]
 
 def test_host_syncs_do_not_grow(counted: Counted) -> None:
     """Whatever the number of steps, flights and pairs: none in the reference pass, one for each update and chunk in the
-    replay (is any sample trained?), two behind a rollout (how busy was the pipeline?)."""
+    replay (is any sample trained?), two behind a rollout (how busy was the pipeline?), four beside the optimizer's
+    own step (statistics, gradient norm, is all finite: a flag to the device and its sum back)."""
     for sizes in counted[1]:
         for one in sizes:
             found = {name: Counter(phase["syncs"]) for name, phase in one["counted"].items()}
@@ -185,6 +190,7 @@ def test_host_syncs_do_not_grow(counted: Counted) -> None:
             found["replay"] -= exchanges
             totals = {name: where.total() for name, where in found.items()}
             assert totals["rollout"] <= 2 and totals["reference"] == 0 and totals["replay"] <= len(one["blocks"]), found
+            assert totals["optimizer"] <= 4, found
             assert found["advantages"] == Counter(sizes[0]["counted"]["advantages"]["syncs"]), found
 
 
