@@ -229,6 +229,9 @@ def _pipeline_fields(
         # numbers unless sends and receives overlap, and with overlap a deallocated output may be sent as garbage.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
+        # Before PyTorch 1.13 waiting for a batch of sends and receives waited for nothing (pytorch#82450), so Megatron
+        # stops the host behind each exchange unless told that PyTorch is newer.
+        "batch_p2p_sync": False,
         "deallocate_pipeline_outputs": False,
     }
 
