@@ -3,11 +3,13 @@
 The counts of one forward are the planner's (`planning.flops`), which tests compare with torch's FlopCounterMode.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from megatron_sage.engine import Engine
+from megatron_sage.model.conditions import TextCondition
 from megatron_sage.model.lora_targets import AdapterSettings
 from megatron_sage.planning.flops import StageFlops, Text, model_forward, stage_flops
 from megatron_sage.planning.traffic import Place
@@ -30,6 +32,10 @@ class Done:
     def __add__(self, other: "Done") -> "Done":
         return Done(self.model + other.model, self.hardware + other.hardware, self.tokens + other.tokens)
 
+    def times(self, count: int) -> "Done":
+        """So many of it."""
+        return Done(self.model * count, self.hardware * count, self.tokens * count)
+
 
 @dataclass
 class WorkCount:
@@ -46,18 +52,35 @@ class WorkCount:
         engine, config = self.engine, self.engine.config
         rollout, training = engine.rollout_network(), engine.training_network()
         found = dict.fromkeys(COUNTED, Done())
-        passes = "reference" if config.kl.phase == "rollout" else "train"
+        during = config.kl.phase != "rollout"
+        found["rollout"] += self._pass(rollout, flown, config.sampler.num_steps)
+        # an update's pairs share what they embed with each other, not with another update's
+        parts = config.grpo.updates_per_rollout if during else 1
+        found["train" if during else "reference"] += self._pass(training, flown, trained_steps, parts).times(references)
         for prompt in flown:
-            found["rollout"] += self._forwards(rollout, prompt, config.sampler.num_steps)
-            found[passes] += self._forwards(training, prompt, trained_steps * references)
             found["train"] += self._forwards(training, prompt, trained_steps, backward=True)
         return found
+
+    def _pass(self, network: Network, flown: Sequence[Prompt], steps: int, parts: int = 1) -> Done:
+        """Without gradient: what is embedded of a text is embedded once a step, for all micro-batches that share it.
+
+        In `parts` passes that divide the micro-batches and steps by chance: at most so often in each of them.
+        """
+        total, uses = Done(), Counter[int]()
+        embedding: dict[int, float] = {}
+        for prompt in flown:
+            total += self._forwards(network, prompt, steps)
+            for branch in range(network.branches):
+                condition = network.text(prompt, branch)
+                uses[id(condition)] += 1
+                embedding[id(condition)] = self._of(_lengths(condition))[1].embedding.total
+        again = sum(steps * (count - min(count, parts)) * embedding[text] for text, count in uses.items())
+        return total + Done(hardware=-again)
 
     def _forwards(self, network: Network, prompt: Prompt, count: int, backward: bool = False) -> Done:
         total = Done()
         for branch in range(network.branches):
-            condition = network.text(prompt, branch)
-            text = Text(*(x.shape[1] for x in (condition.qwen_BLD, condition.byt5_BLD, condition.image_BLD)))
+            text = _lengths(network.text(prompt, branch))
             whole, stage = self._of(text)
             # frozen weights need no gradient of their own: one GEMM backward instead of two
             factor = 1 + backward * (1 if self._adapters else 2)
@@ -87,3 +110,7 @@ class WorkCount:
             stage = stage_flops(self._place, text, self.engine.groups.cp_rank, self._adapters)
             self._known[text] = whole, stage
         return self._known[text]
+
+
+def _lengths(condition: TextCondition) -> Text:
+    return Text(*(x.shape[1] for x in (condition.qwen_BLD, condition.byt5_BLD, condition.image_BLD)))

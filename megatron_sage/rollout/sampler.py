@@ -123,13 +123,15 @@ def reference_velocities(
 ) -> Occupancy:
     """Fill in `reference_SBC[name]`, a reference's velocities, at the same micro-batch shape as the rollout.
 
-    `pairs`: (number of the trajectory, step); None: every trained step of every trajectory.
+    `pairs`: (number of the trajectory, step); None: every trained step of every trajectory. Whatever their order, they
+    are taken step by step, where trajectories of one prompt share its embedded text.
     """
     for trajectory in trajectories:
         trajectory.reference_SBC.setdefault(name, Kept(offload=trajectory.velocity_SBC.offload))
     if pairs is None:
         pairs = [(number, step) for step in table.trained_steps for number in range(len(trajectories))]
-    work = References(network, table, [(trajectories[number], step) for number, step in pairs], name)
+    ordered = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
+    work = References(network, table, [(trajectories[number], step) for number, step in ordered], name)
     with Quantisation(network.chunks).other_weights():
         occupancy = run(work, 1, chained=False)
     network.control.end_phase()
